@@ -1,0 +1,57 @@
+# Every target sets up .venv from constraints.txt first, and again whenever the pins change.
+# PYTHON   the interpreter that makes the environments (3.11 or later)
+# PIP_ARGS more arguments for pip, for example an index that carries the CPU-only build of torch
+# WORKERS  how many processes the tests run in
+
+SHELL := /bin/bash
+PYTHON ?= python3
+PIP_ARGS ?=
+WORKERS ?= $(shell nproc 2>/dev/null | awk '{n = $$1; if (n < 2) n = 2; if (n > 8) n = 8; print n}')
+export FEWBIT_DATA ?= $(abspath ../shared/data)
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PEERS := .venv-peers
+PEERS_READY := $(PEERS)/.ready
+
+.PHONY: help demo test check bench peers clean
+
+help:
+	@echo "make demo    train-free demonstration: quantize, export, verify and measure a small network"
+	@echo "make test    the tests"
+	@echo "make check   formatting, lint, types and the tests"
+	@echo "make bench   every benchmark that prints a figure of the README"
+	@echo "make peers   the environment of the tools we are compared with ($(PEERS))"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "fewbit needs Python 3.11 or later; set PYTHON=python3.11 (found: $$($(PYTHON) --version))"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/fewbit demo
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) --no-print-directory test
+
+bench: $(READY)
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+$(PEERS_READY): benchmarks/peers-requirements.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet $(PIP_ARGS) -r benchmarks/peers-requirements.txt
+	@touch $@
+
+peers: $(PEERS_READY)
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

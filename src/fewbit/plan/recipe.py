@@ -1,0 +1,225 @@
+"""The recipe: what the user wants, as defaults and rules over layer names; in Python or as a TOML file."""
+
+import dataclasses
+import tomllib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fewbit.errors import FormatError, RecipeError
+from fewbit.numerics.scheme import Scheme
+from fewbit.plan.nearest import did_you_mean
+
+GRANULARITIES = ("tensor", "channel", "group")
+_BOOLS = {"weight_symmetric", "activation_symmetric", "equalize", "bias_correction"}
+_MAX_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Overrides for the layers whose name matches the glob ``match`` and, if given, whose operator is ``op``.
+
+    A field left at None keeps what the recipe, or an earlier rule, says.
+    """
+
+    match: str = "*"
+    op: str | None = None
+    weights: str | None = None
+    activations: str | None = None
+    outputs: str | None = None
+    granularity: str | None = None
+    group_size: int | None = None
+    weight_symmetric: bool | None = None
+    activation_symmetric: bool | None = None
+    weight_observer: str | None = None
+    observer: str | None = None
+    rounding: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            where = f"rule for {self.match!r:.80}"
+            _check_type(where, field.name, getattr(self, field.name), optional=field.name != "match")
+        _check_granularity(where, self.granularity or ("group" if self.group_size else None), self.group_size)
+        if not self.overrides():
+            raise RecipeError(f'{where}: it changes nothing: give it a key such as weights = "int4"')
+
+    def overrides(self) -> dict[str, Any]:
+        """The fields that the rule sets, without ``match`` and ``op``."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            key: value for key, value in values.items() if key not in ("match", "op") and value is not None
+        }
+
+    def __str__(self) -> str:
+        what = "".join(f" {key}={_text(value)}" for key, value in self.overrides().items())
+        return f"'{self.match}'" + (f" op={self.op}" if self.op else "") + what
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults for every layer, and rules in order, of which the later wins.
+
+    ``weights``: a format's name or ``"float"``. ``activations``: a format's name, ``"float"``, or
+    ``"dynamic"`` (int8, its range taken from each batch at run time: needs no calibration). ``outputs``, what the model
+    returns: ``"same"`` as the activations, ``"float"``, or a format's name. ``granularity`` and
+    ``group_size`` are the weights'; activations are always per tensor. ``weight_observer`` and ``observer`` (the
+    activations') name range estimators.
+
+    Raises RecipeError for a value of the wrong type, an unknown granularity, or a missing group size.
+    """
+
+    name: str = "int8"
+    description: str = ""
+    weights: str = "int8"
+    activations: str = "int8"
+    outputs: str = "same"
+    granularity: str = "channel"
+    group_size: int | None = None
+    weight_symmetric: bool = True
+    activation_symmetric: bool = False
+    weight_observer: str = "minmax"
+    observer: str = "minmax"
+    rounding: str = "nearest"
+    equalize: bool = False
+    bias_correction: bool = False
+    rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        where = f"recipe '{self.name}'"
+        for field in fields(self):
+            if field.name != "rules":
+                _check_type(where, field.name, getattr(self, field.name), optional=field.name == "group_size")
+        _check_granularity(where, self.granularity, self.group_size)
+        if self.granularity == "group" and self.group_size is None:
+            raise RecipeError(
+                f"{where}: granularity is 'group' but group_size is missing: set for example 32"
+            )
+        if not isinstance(self.rules, list | tuple):
+            raise RecipeError(f"{where}: rules is {self.rules!r:.60}, expected a list of rules")
+        object.__setattr__(self, "rules", tuple(_as_rule(where, n, r) for n, r in enumerate(self.rules, 1)))
+
+    @classmethod
+    def from_kwargs(cls, **values: Any) -> "Recipe":
+        """The default recipe with ``values`` in place of its own; RecipeError for an unknown key."""
+        return cls().replace(**values)
+
+    def replace(self, **values: Any) -> "Recipe":
+        """This recipe with ``values`` in place of its own; its name tells what was replaced."""
+        _check_keys(f"recipe '{self.name}'", values, Recipe)
+        changed = [
+            f"{key}={_text(value)}" for key, value in values.items() if key not in ("name", "description")
+        ]
+        name = f"{self.name} with {', '.join(changed)}" if changed else self.name
+        return dataclasses.replace(self, **{"name": name, **values})
+
+    @classmethod
+    def load(cls, source: str | Path) -> "Recipe":
+        """A preset by name (``"int8"``), or a TOML file by path (a Path, a ``.toml`` or a ``/``)."""
+        path = Path(source)
+        if isinstance(source, str) and not path.suffix and path.name == source:
+            path = _presets() / f"{source}.toml"
+            if not path.is_file():
+                raise RecipeError(f"unknown recipe '{source}'{did_you_mean(source, preset_names())}")
+        try:
+            with path.open("rb") as file:
+                raw = file.read(_MAX_BYTES + 1)
+        except OSError as error:
+            raise RecipeError(f"{path}: the recipe could not be read ({error.strerror or error})") from error
+        if len(raw) > _MAX_BYTES:
+            raise RecipeError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, which no recipe is")
+        try:
+            values = tomllib.loads(raw.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"{path}: not valid TOML ({error})") from error
+        try:
+            _check_keys("the recipe", values, Recipe)
+            return cls(**{"name": path.stem, **values})
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from error
+
+    def validate(self, observers: Collection[str], roundings: Collection[str]) -> None:
+        """RecipeError where a format does not exist, or an observer or rounding is not among those given."""
+        for where, key, value in self._names():
+            if key in ("weights", "activations", "outputs"):
+                words = {
+                    "weights": ("float",),
+                    "activations": ("float", "dynamic"),
+                    "outputs": ("float", "same"),
+                }
+                if value in words[key]:
+                    continue
+                try:
+                    _ = Scheme(value).spec
+                except FormatError as error:
+                    raise RecipeError(f"{where}: {key}: {error}") from error
+            else:
+                known = roundings if key == "rounding" else observers
+                if value not in known:
+                    kind = "rounding" if key == "rounding" else "observer"
+                    raise RecipeError(f"{where}: {key}: unknown {kind} '{value}'{did_you_mean(value, known)}")
+
+    def _names(self) -> Iterator[tuple[str, str, str]]:
+        keys = ("weights", "activations", "outputs", "weight_observer", "observer", "rounding")
+        yield from ((f"recipe '{self.name}'", key, getattr(self, key)) for key in keys)
+        for number, rule in enumerate(self.rules, 1):
+            where = f"recipe '{self.name}', rule {number}"
+            yield from ((where, key, value) for key, value in rule.overrides().items() if key in keys)
+
+
+def preset_names() -> list[str]:
+    """Names of the recipes that ship with fewbit."""
+    return sorted(path.stem for path in _presets().glob("*.toml"))
+
+
+def _presets() -> Path:
+    return Path(str(resources.files("fewbit"))) / "recipes"
+
+
+def _as_rule(where: str, number: int, rule: object) -> Rule:
+    if isinstance(rule, Rule):
+        return rule
+    if not isinstance(rule, Mapping):
+        raise RecipeError(
+            f'{where}: rule {number} is {rule!r:.60}, expected a table such as {{match = "layer1.*"}}'
+        )
+    _check_keys(f"{where}, rule {number}", rule, Rule)
+    try:
+        return Rule(**rule)
+    except RecipeError as error:
+        raise RecipeError(f"{where}, rule {number}: {error}") from error
+
+
+def _check_keys(where: str, values: Mapping[str, Any], cls: type[Recipe] | type[Rule]) -> None:
+    known = {field.name for field in fields(cls)}
+    for key in values:
+        if key not in known:
+            raise RecipeError(f"{where}: unknown key '{key}'{did_you_mean(str(key), known)}")
+
+
+def _check_type(where: str, key: str, value: object, optional: bool) -> None:
+    if value is None and optional:
+        return
+    expected: type = bool if key in _BOOLS else int if key == "group_size" else str
+    if type(value) is not expected:
+        words = {bool: "true or false", int: "a whole number", str: "a string"}
+        raise RecipeError(f"{where}: {key} is {value!r:.60}, expected {words[expected]}")
+
+
+def _check_granularity(where: str, granularity: str | None, group_size: int | None) -> None:
+    if granularity is not None and granularity not in GRANULARITIES:
+        near = did_you_mean(granularity, GRANULARITIES)
+        raise RecipeError(f"{where}: unknown granularity '{granularity}'{near}")
+    if group_size is not None and group_size < 1:
+        raise RecipeError(f"{where}: group_size is {group_size}, expected at least 1")
+    if group_size is not None and granularity != "group":
+        raise RecipeError(
+            f"{where}: group_size is {group_size} but granularity is not 'group': set both or neither"
+        )
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{len(value)} rules" if isinstance(value, list | tuple) else str(value)

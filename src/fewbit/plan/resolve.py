@@ -1,0 +1,221 @@
+"""Recipe x sites x what the target can run -> plan: decisions with reasons, refusals by layer name."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Any
+
+from fewbit.errors import PlanError, RecipeError
+from fewbit.numerics.scheme import Scheme
+from fewbit.plan.plan import Plan, Row, Site
+from fewbit.plan.recipe import Recipe, Rule
+
+Check = Callable[[Row], str | None]
+
+# Which of a rule's keys say something about a site of this kind; a rule none of whose keys do is a mistake.
+_KEYS: dict[str, frozenset[str]] = {
+    "weight": frozenset(
+        {"weights", "granularity", "group_size", "weight_symmetric", "weight_observer", "rounding"}
+    ),
+    "activation": frozenset({"activations", "activation_symmetric", "observer"}),
+    "output": frozenset({"activations", "outputs", "activation_symmetric", "observer"}),
+}
+
+
+def resolve(recipe: Recipe, sites: Sequence[Site], check: Check | None = None) -> Plan:
+    """Decide every site of a model: the recipe's defaults, then each matching rule in order, the later wins.
+
+    ``check(row)`` is the target's: None where it can run the row, otherwise why not. Sites that share copy
+    the row they share with; sites without an integer form are float and the row says why.
+
+    Raises RecipeError where a rule matches no layer or has no effect on those it matches, FormatError for an
+    unknown format, and PlanError that lists all rows which the target refuses, by layer name.
+    """
+    if not sites:
+        raise PlanError("the model has no tensor that could be quantized: it has no layer that fewbit knows")
+    _check_rules(recipe, sites)
+    decided = [_decide(recipe, site) for site in sites]
+    plan = Plan(tuple(_dependent(decided, sites)), recipe.name)
+    refusals = [(row, reason) for row in plan.rows if row.scheme and check and (reason := check(row))]
+    if refusals:
+        listed = "\n".join(
+            f"  {row.layer or row.site} ({row.kind} '{row.site}'): {reason}" for row, reason in refusals
+        )
+        raise PlanError(
+            f"recipe '{recipe.name}': the target cannot run {len(refusals)} of {len(plan.rows)} rows:\n{listed}\n"
+            'change the recipe, or add a rule that gives these layers another format or "float"'
+        )
+    return plan
+
+
+@dataclass
+class _Settings:
+    """What the recipe says about one site, and which rules had a say."""
+
+    values: dict[str, Any]
+    because: list[str] = field(default_factory=list)
+
+    def __getattr__(self, key: str) -> Any:
+        return self.values[key]
+
+
+def _matches(rule: Rule, site: Site) -> bool:
+    return fnmatchcase(site.layer, rule.match) and rule.op in (None, site.op)
+
+
+def _relevant(rule: Rule, site: Site) -> bool:
+    return bool(_KEYS.get(site.kind, frozenset()) & rule.overrides().keys())
+
+
+def _settings(recipe: Recipe, site: Site) -> _Settings:
+    settings = _Settings({item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)})
+    for number, rule in enumerate(recipe.rules, 1):
+        if not (_matches(rule, site) and _relevant(rule, site)):
+            continue
+        overrides = rule.overrides()
+        if "activations" in overrides and "outputs" not in overrides and site.kind == "output":
+            overrides["outputs"] = "same"  # a rule about this layer's activations means this output too
+        if overrides.get("granularity") not in (None, "group"):
+            overrides["group_size"] = None
+        elif "group_size" in overrides:
+            overrides["granularity"] = "group"
+        settings.values |= overrides
+        settings.because.append(f"rule {number}: {rule}")
+    return settings
+
+
+def _decide(recipe: Recipe, site: Site) -> Row:
+    """The row of a site on its own: sites that share or are derived are mended by :func:`_dependent`."""
+    row = Row(site.site, site.layer, site.op, site.kind, site.shape, None, constraint=site.constraint)
+    if not site.integer_capable:
+        return dataclasses.replace(row, because=f"float: {site.reason or f'{site.op} has no integer form'}")
+    if site.kind in ("bias", "gradient"):
+        return row
+    settings = _settings(recipe, site)
+    because = "; ".join(settings.because) or f"default of recipe {recipe.name}"
+    scheme = _weight_scheme(settings, site) if site.kind == "weight" else _activation_scheme(settings, site)
+    if scheme is None:
+        return dataclasses.replace(row, because=because if settings.because else f"float: {because}")
+    if site.kind == "weight":
+        observer, rounding = settings.weight_observer, settings.rounding
+    else:
+        observed = not scheme.dynamic and not site.constraint.startswith("fixed")
+        observer, rounding = (settings.observer if observed else None), None
+    return dataclasses.replace(row, scheme=scheme, observer=observer, rounding=rounding, because=because)
+
+
+def _weight_scheme(settings: _Settings, site: Site) -> Scheme | None:
+    if settings.weights == "float":
+        return None
+    group_size = settings.group_size if settings.granularity == "group" else None
+    if settings.granularity == "group":
+        if group_size is None:
+            raise RecipeError(
+                f"layer '{site.layer}': granularity is 'group' but group_size is missing: set it"
+            )
+        row_length = prod(site.shape) // max(site.shape[site.axis], 1)
+        if row_length % group_size:
+            raise PlanError(
+                f"layer '{site.layer}': {row_length} weights an output channel do not divide into groups of "
+                f'{group_size}: choose a divisor, or add a rule with granularity = "channel" for it'
+            )
+    scheme = Scheme(settings.weights, settings.granularity, site.axis, group_size, settings.weight_symmetric)
+    # Symmetric codes leave out -2**(b-1): it has no positive twin, and kernels that add two products in
+    # 16 bits rely on its absence. Unsigned codes have no such extreme.
+    narrow = settings.weight_symmetric and scheme.spec.integer and scheme.spec.qmin < 0
+    return dataclasses.replace(scheme, narrow=True) if narrow else scheme
+
+
+def _activation_scheme(settings: _Settings, site: Site) -> Scheme | None:
+    name = settings.activations
+    if site.kind == "output" and settings.outputs != "same":
+        name = settings.outputs
+    if name == "float":
+        return None
+    dynamic = name == "dynamic"
+    if dynamic and site.kind == "output":
+        return None  # a range taken at run time serves the layer that reads it, and nothing reads an output
+    scheme = Scheme("int8" if dynamic else name, symmetric=settings.activation_symmetric, dynamic=dynamic)
+    _ = scheme.spec  # an unknown format is an error here, not when the first batch comes
+    return scheme
+
+
+def _dependent(rows: list[Row], sites: Sequence[Site]) -> list[Row]:
+    """Give sites that share the row they share with, and biases what follows from their layer's weight."""
+    by_site = {row.site: row for row in rows}
+    weights = {row.layer: row for row in rows if row.kind == "weight"}
+
+    def final(site: Site, row: Row) -> Row:
+        if site.kind == "bias" and site.integer_capable:
+            weight = weights.get(site.layer)
+            float_weight = weight is None or weight.scheme is None
+            return dataclasses.replace(
+                row, because="float: the weight is float" if float_weight else row.constraint
+            )
+        if site.kind == "gradient" and site.integer_capable:
+            return dataclasses.replace(row, because="float: gradients are not quantized")
+        if site.shared_with is None:
+            return row
+        source = _source(row, by_site)
+        because = f"{site.constraint}: {source.because}"
+        return dataclasses.replace(
+            row, scheme=source.scheme, observer=source.observer, rounding=source.rounding, because=because
+        )
+
+    return [final(site, row) for site, row in zip(sites, rows, strict=True)]
+
+
+def _source(row: Row, by_site: dict[str, Row]) -> Row:
+    """The row at the end of a chain of sharing."""
+    seen = {row.site}
+    while (other := row.shared_with) is not None:
+        if other not in by_site:
+            raise PlanError(f"site '{row.site}' is shared with '{other}', which is not in the model")
+        if other in seen:
+            raise PlanError(f"site '{row.site}' is shared in a circle: {' -> '.join(sorted(seen))}")
+        seen.add(other)
+        row = by_site[other]
+    return row
+
+
+def _check_rules(recipe: Recipe, sites: Sequence[Site]) -> None:
+    """Refuse a rule that matches no layer, and one that says nothing about the layers it matches."""
+    for number, rule in enumerate(recipe.rules, 1):
+        where = f"recipe '{recipe.name}', rule {number}: {rule}"
+        matched = [site for site in sites if _matches(rule, site)]
+        if not matched:
+            raise RecipeError(f"{where} matches no layer; {_nearest(rule, sites)}")
+        relevant = [site for site in matched if _relevant(rule, site)]
+        keys = ", ".join(rule.overrides())
+        if not relevant:
+            kinds = ", ".join(sorted({site.kind for site in matched}))
+            raise RecipeError(f"{where} has no effect: {keys} does not apply to the {kinds} it matches")
+        if any(_free(site) or _only_float(rule, site) for site in relevant):
+            continue
+        site = relevant[0]
+        why = site.constraint if site.shared_with else site.reason or f"{site.op} has no integer form"
+        raise RecipeError(f"{where} has no effect: '{site.site}' is not free to choose ({why})")
+
+
+def _free(site: Site) -> bool:
+    return site.integer_capable and site.shared_with is None
+
+
+def _only_float(rule: Rule, site: Site) -> bool:
+    """Asking for float where a site is float anyway is no mistake."""
+    asked = {value for key, value in rule.overrides().items() if key in ("weights", "activations", "outputs")}
+    return not site.integer_capable and asked == {"float"}
+
+
+def _nearest(rule: Rule, sites: Sequence[Site]) -> str:
+    layers = sorted({site.layer for site in sites if site.layer})
+    by_name = [layer for layer in layers if fnmatchcase(layer, rule.match)]
+    if rule.op is not None and by_name:
+        ops = sorted({site.op for site in sites if site.layer in set(by_name)})
+        return f"'{rule.match}' matches layers, but only of op {', '.join(ops)}"
+    bare = rule.match.replace("*", "")
+    close = difflib.get_close_matches(bare, layers, n=5, cutoff=0.3) or layers[:5]
+    return f"nearest layer names: {', '.join(close)}"
