@@ -1,0 +1,82 @@
+"""What a number format is, and how one is found by name."""
+
+import re
+from abc import ABC, abstractmethod
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import FormatError
+from fewbit.registry import Registry, nearest
+
+_FAMILIES = Registry("fewbit.numerics.formats", "format family", FormatError)
+
+
+class Format(ABC):
+    """How one number is coded, on *normalised* values v = x / scale (+ zero_point, for integer formats only).
+
+    Subclasses set the attributes once and never change them; two formats of the same name are equal.
+
+    Attributes:
+        name: the name that `get_format` resolves, for example "int8".
+        bits: bits of storage per number.
+        integer: whether a code is the normalised value itself, so that a zero point and integer arithmetic make sense.
+        qmin, qmax: the smallest and largest normalised value. A symmetric scheme maps max|x| to qmax.
+        code_dtype: torch dtype that holds a code.
+    """
+
+    name: str
+    bits: int
+    integer: bool
+    qmin: float
+    qmax: float
+    code_dtype: torch.dtype
+
+    @abstractmethod
+    def encode(self, v: Tensor) -> Tensor:
+        """Nearest codes of normalised values: ties to even, saturating (infinities too). NaN must not occur.
+
+        Args:
+            v: float32, any shape.
+
+        Returns:
+            codes of the same shape, dtype `code_dtype`.
+        """
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """Normalised values of codes: float32, same shape."""
+
+    def codes(self) -> Tensor:
+        """Every code that `encode` can give, by ascending value: `code_dtype`, 1-d. Default: 0 .. 2**bits - 1."""
+        return torch.arange(2**self.bits).to(self.code_dtype)
+
+    def nearest(self, v: Tensor) -> Tensor:
+        """The nearest representable normalised values: float32, same shape as v. Override where it can be faster."""
+        return self.decode(self.encode(v))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Format) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __repr__(self) -> str:
+        return f"Format({self.name})"
+
+
+@lru_cache(maxsize=None)
+def get_format(name: str) -> Format:
+    """The format of that name. Raises FormatError for an unknown name, with the nearest match."""
+    for family in _FAMILIES.names():
+        module = _FAMILIES.module(family)
+        match = re.fullmatch(module.PATTERN, name) if isinstance(name, str) else None
+        if match:
+            return module.make(match)
+    raise FormatError(f"unknown format {name!r}: {nearest(str(name), format_names())}")
+
+
+def format_names() -> list[str]:
+    """Example names of every format family, sorted by family; families with a free number show the usual ones."""
+    return [name for family in _FAMILIES.names() for name in _FAMILIES.module(family).EXAMPLES]

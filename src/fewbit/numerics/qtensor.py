@@ -1,0 +1,136 @@
+"""A quantized tensor, and the quantize-dequantize step that stands for it in a simulation."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import FormatError
+from fewbit.numerics.scheme import Scheme, block_count, blocks, qparams, unblocks
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """Codes with their scales: x ~ (decode(codes) - zero_point) * scale.
+
+    Attributes:
+        codes: the format's `code_dtype`, in the tensor's own shape.
+        scale: float32 [C], one per block of the scheme.
+        zero_point: int32 [C].
+        scheme: how it was quantized.
+        shape: the tensor's shape.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    scheme: Scheme
+    shape: tuple[int, ...]
+
+    @classmethod
+    def quantize(
+        cls, x: Tensor, scheme: Scheme, lo: Tensor | None = None, hi: Tensor | None = None
+    ) -> "QTensor":
+        """Nearest codes of x for a range; values outside it saturate.
+
+        Args:
+            x: float tensor of any shape; infinities saturate if a range is given.
+            scheme: how to quantize; must fit the shape.
+            lo, hi: float [C] or scalar, the range of each block; by default its own minimum and maximum.
+
+        Raises:
+            FormatError: NaN in x, a range that is not finite, or a scheme that does not fit the shape.
+        """
+        x = x.detach().to(torch.float32)
+        count = block_count(x.shape, scheme)
+        if lo is None or hi is None:
+            lo, hi = (
+                (blocks(x, scheme).aminmax(dim=1)) if x.numel() else (x.new_zeros(count), x.new_zeros(count))
+            )
+        scale, zero_point = qparams(lo.expand(count), hi.expand(count), scheme)
+        return cls(encode(x, scale, zero_point, scheme), scale, zero_point, scheme, tuple(x.shape))
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> "QTensor":
+        """A quantized tensor from codes in the tensor's shape. Raises FormatError if the parts do not fit together."""
+        count = block_count(codes.shape, scheme)
+        for name, part in (("scale", scale), ("zero_point", zero_point)):
+            if part.shape != (count,):
+                raise FormatError(f"{name} has shape {tuple(part.shape)}: this scheme needs ({count},)")
+        if scheme.spec.integer and codes.numel():
+            low, high = int(codes.min()), int(codes.max())
+            if low < scheme.qmin or high > scheme.qmax:
+                raise FormatError(
+                    f"codes run from {low} to {high}: {scheme.format} has {scheme.qmin:.0f} to {scheme.qmax:.0f}"
+                )
+        codes = codes.to(scheme.spec.code_dtype)
+        return cls(codes, scale.to(torch.float32), zero_point.to(torch.int32), scheme, tuple(codes.shape))
+
+    def dequantize(self) -> Tensor:
+        """The values that the codes stand for: float32, in the tensor's shape."""
+        value = self.scheme.spec.decode(self.codes)
+        return (value - _spread(self.zero_point, self.shape, self.scheme)) * _spread(
+            self.scale, self.shape, self.scheme
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes when stored densely: packed codes, float32 scales and, if affine, zero points in whole bytes."""
+        bits = self.scheme.spec.bits
+        zero_points = 0 if self.scheme.symmetric else self.zero_point.numel() * -(-bits // 8)
+        return -(-self.codes.numel() * bits // 8) + 4 * self.scale.numel() + zero_points
+
+    def to(self, device: torch.device | str) -> "QTensor":
+        """The same on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("codes", "scale", "zero_point")}
+        return replace(self, **moved)
+
+
+def normalise(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
+    """Normalised values before coding: x / scale, and for integer formats clamp(round(x / scale) + zero_point, qmin, qmax).
+
+    Rounding comes before the zero point is added: with an odd zero point, ties would otherwise go the other way.
+    The division is a float32 division, as in ONNX QuantizeLinear; a product with 1 / scale rounds differently.
+    Shapes as in `fake_quantize`.
+    """
+    v = x / _spread(scale, x.shape, scheme)
+    if scheme.spec.integer:
+        v = torch.round(v) + _spread(zero_point, x.shape, scheme)
+    return v.clamp(scheme.qmin, scheme.qmax)
+
+
+def encode(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
+    """Codes of x: the format's `code_dtype`, in x's shape. Raises FormatError for NaN. Arguments as in `fake_quantize`."""
+    bad = torch.isnan(x)
+    if bool(bad.any()):
+        index = tuple(torch.nonzero(bad)[0].tolist())
+        raise FormatError(f"NaN at index {index} has no code: remove it from the tensor")
+    return scheme.spec.encode(normalise(x, scale, zero_point, scheme))
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
+    """Quantize and dequantize: what a runtime would compute with, in float32.
+
+    Args:
+        x: float32, any shape that the scheme fits.
+        scale: float32 [C]; zero_point: int32 [C], one per block.
+
+    Returns:
+        float32 in x's shape; equal to `QTensor.quantize(...).dequantize()` with the same scale and zero point.
+    """
+    v = normalise(x, scale, zero_point, scheme)
+    if not scheme.spec.integer:
+        return scheme.spec.nearest(v) * _spread(scale, x.shape, scheme)
+    return (v - _spread(zero_point, x.shape, scheme)) * _spread(scale, x.shape, scheme)
+
+
+def _spread(per_block: Tensor, shape: tuple[int, ...] | torch.Size, scheme: Scheme) -> Tensor:
+    """A value per block [C], shaped so that it broadcasts against (group: expanded to) a tensor of `shape`."""
+    if scheme.granularity == "tensor":
+        return per_block.reshape(())
+    if scheme.granularity == "channel":
+        ones = [1] * len(shape)
+        ones[scheme.axis] = -1
+        return per_block.reshape(ones)
+    size = scheme.group_size or 1
+    return unblocks(per_block.reshape(-1, 1).expand(-1, size), shape, scheme)

@@ -1,0 +1,108 @@
+"""Range estimation: one estimator a file, each with a class `Observer`, built from a scheme."""
+
+from abc import ABC, abstractmethod
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import CalibrationError
+from fewbit.numerics.ranges import extremes
+from fewbit.numerics.scheme import Scheme, blocks
+from fewbit.registry import Registry
+
+registry = Registry("fewbit.observers", "observer")
+
+
+class RangeObserver(ABC):
+    """What all observers share: the true extremes, the checks, and the frame of update, merge and bounds.
+
+    A plug-in names its subclass `Observer` and fills in `_observe`, `_absorb` and `_estimate`. Its state must not grow
+    with the number of updates.
+
+    Class attributes:
+        SATURATES: whether `bounds` may be narrower than what was observed.
+        ORDER_INDEPENDENT: whether the same numbers in another order, or in other batches, give the same bounds.
+    """
+
+    SATURATES: bool
+    ORDER_INDEPENDENT: bool
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+        self._lo: Tensor | None = None
+        self._hi: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Takes one batch into account; a tensor without numbers changes nothing.
+
+        Raises:
+            CalibrationError: NaN or infinities (naming the index), or another number of blocks than before.
+            FormatError: the scheme does not fit the shape.
+        """
+        if x.numel() == 0:
+            return
+        x = x.detach()
+        lo, hi = extremes(x, self.scheme)
+        self._widen(lo, hi)
+        self._observe(blocks(x, self.scheme), lo, hi)
+
+    def merge(self, other: Self) -> None:
+        """Takes into account all that another observer of the same kind and scheme has seen, as if it came next."""
+        if type(other) is not type(self) or other.scheme != self.scheme:
+            raise CalibrationError("only observers of the same kind and scheme can be merged")
+        if other._lo is None or other._hi is None:
+            return
+        self._widen(other._lo, other._hi)
+        self._absorb(other)
+
+    def observed(self) -> tuple[Tensor, Tensor]:
+        """True minimum and maximum of each block so far: float32 [C]. Raises CalibrationError if nothing was seen."""
+        if self._lo is None or self._hi is None:
+            raise CalibrationError("nothing was observed: run calibration data through this layer first")
+        return self._lo, self._hi
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The estimated range of each block, zero included: lo, hi float32 [C].
+
+        Raises:
+            CalibrationError: nothing was seen.
+        """
+        least, most = self.observed()
+        lo, hi = self._estimate()
+        lo = torch.maximum(lo.to(torch.float32), least).clamp(max=0.0)
+        hi = torch.minimum(hi.to(torch.float32), most).clamp(min=0.0)
+        return lo, hi
+
+    def _widen(self, lo: Tensor, hi: Tensor) -> None:
+        if self._lo is None or self._hi is None:
+            self._lo, self._hi = lo, hi
+            return
+        if lo.shape != self._lo.shape:
+            raise CalibrationError(
+                f"found {lo.numel()} blocks after {self._lo.numel()}: the scheme's dimension must keep its size "
+                "from batch to batch; use granularity 'tensor' or another axis"
+            )
+        self._lo, self._hi = torch.minimum(self._lo, lo), torch.maximum(self._hi, hi)
+
+    @abstractmethod
+    def _observe(self, rows: Tensor, lo: Tensor, hi: Tensor) -> None:
+        """One batch as rows [C, n] of any float dtype, and its finite extremes [C]; the true extremes are already kept."""
+
+    @abstractmethod
+    def _absorb(self, other: Self) -> None:
+        """The state of another observer of the same kind, which has seen something; the true extremes are already kept."""
+
+    @abstractmethod
+    def _estimate(self) -> tuple[Tensor, Tensor]:
+        """The range, lo and hi [C]; `bounds` limits it to the true extremes and includes zero."""
+
+
+def observer_names() -> list[str]:
+    """Names of all observers."""
+    return registry.names()
+
+
+def make_observer(name: str, scheme: Scheme) -> RangeObserver:
+    """A fresh observer. Raises RecipeError for an unknown name, with the nearest match."""
+    return registry.module(name).Observer(scheme)
