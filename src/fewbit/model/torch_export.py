@@ -1,0 +1,182 @@
+"""Runs `torch.export` on a private copy of a module: free dimensions, eval mode, float32, and errors in one sentence."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from fewbit.errors import ModelError
+
+Example = tuple[Tensor, ...]
+_SIZE = re.compile(r"L\['(\w+)'\](?:\[\d+\])*\.size\(\)\[(\d+)\]")
+
+
+@dataclass
+class Traced:
+    """An exported program, the private float32 copy it was traced from, and the example that fits both."""
+
+    program: ExportedProgram
+    module: nn.Module
+    example: Example
+    notes: list[str] = field(default_factory=list)
+
+
+def private_copy(module: nn.Module, notes: list[str]) -> nn.Module:
+    """A float32 copy of `module` on the CPU in eval mode; the user's module is left as it is."""
+    module = getattr(module, "_orig_mod", module)
+    try:
+        clone = copy.deepcopy(module)
+    except Exception as error:
+        raise ModelError(
+            f"{type(module).__name__} cannot be copied ({first_line(error)}): fewbit reads a copy, so that your "
+            "model stays as it is; remove old-style weight_norm or tensors that carry a gradient history first"
+        ) from error
+    tensors = [*clone.parameters(), *clone.buffers()]
+    foreign = sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()} - {"float32"})
+    if foreign:
+        notes.append(f"{' and '.join(foreign)} parameters were converted to float32 before reading")
+    if any(t.device.type != "cpu" for t in tensors):
+        notes.append("the model was copied to the CPU before reading")
+    return clone.to("cpu").float().eval()
+
+
+def as_example(example: Any) -> Example:
+    """The example as a tuple of CPU tensors, floating ones in float32; ModelError for anything else."""
+    items = example if isinstance(example, tuple | list) else (example,)
+    if not items:
+        raise ModelError("the example is empty: expected one tensor for each input of the model's forward")
+    for index, item in enumerate(items):
+        if not isinstance(item, Tensor):
+            raise ModelError(
+                f"example input {index} is a {type(item).__name__}: expected a torch.Tensor; "
+                "wrap the model if its forward takes other arguments"
+            )
+    return tuple(
+        t.detach().to("cpu", torch.float32) if t.is_floating_point() else t.detach().to("cpu") for t in items
+    )
+
+
+def trace(module: nn.Module, example: Example, dynamic_shapes: Any, notes: list[str]) -> Traced:
+    """Export `module` (already private) with as many free dimensions as it allows; ModelError if it cannot be."""
+    if dynamic_shapes is not None:
+        return Traced(_export(module, example, dynamic_shapes), module, example, notes)
+    doubled = _double_batch(example)
+    attempts = [(doubled, _all_free(doubled)), (doubled, _batch_free(doubled))]
+    failure: Exception | None = None
+    for inputs, shapes in attempts:
+        try:
+            program = _export(module, inputs, shapes)
+            pinned = _pinned(program, inputs, shapes)
+            if pinned != shapes:
+                shapes = pinned
+                program = _export(module, inputs, shapes)
+        except ModelError as error:
+            failure = failure or error
+            continue
+        if not _free_batch(program):
+            notes.append(f"the batch size is fixed at {inputs[0].shape[0]}: the model does not allow another")
+            if inputs is not example:
+                program, inputs = _export(module, example, None), example
+                notes[-1] = "the batch size is fixed at 1: the model does not allow another"
+        return Traced(program, module, inputs, notes)
+    program = _export(module, example, None)
+    batch = example[0].shape[0] if example[0].dim() else 1
+    notes.append(f"the batch size is fixed at {batch}: with a free one, {_lower_first(str(failure))}")
+    return Traced(program, module, example, notes)
+
+
+def _double_batch(example: Example) -> Example:
+    """The example with a batch of 2 where it was 1, because export takes a size of 1 for a constant."""
+    if not example[0].dim() or example[0].shape[0] != 1:
+        return example
+    return tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in example)
+
+
+def _all_free(example: Example) -> tuple[dict[int, Any], ...]:
+    return tuple({d: Dim.AUTO for d in range(t.dim())} for t in example)
+
+
+def _batch_free(example: Example) -> tuple[dict[int, Any], ...]:
+    batch = example[0].shape[0] if example[0].dim() else None
+    return tuple({0: Dim.AUTO} if t.dim() and t.shape[0] == batch else {} for t in example)
+
+
+def _pinned(program: ExportedProgram, example: Example, shapes: tuple[dict[int, Any], ...]) -> Any:
+    """`shapes` less the dimensions that hold for some sizes only (`(x.size(1) - 4) % 2 == 0` and the like)."""
+    names = list(program.graph_signature.user_inputs)
+    fixed: set[tuple[str, int]] = set()
+    for guard in getattr(program, "_guards_code", None) or []:
+        sizes = {(name, int(dim)) for name, dim in _SIZE.findall(guard)}
+        plain = re.fullmatch(rf"{_SIZE.pattern} == (\d+|{_SIZE.pattern})", guard)
+        if "==" in guard and not plain:
+            fixed |= sizes
+    return tuple(
+        {d: free for d, free in shape.items() if (name, d) not in fixed}
+        for name, shape in zip(names, shapes, strict=True)
+    )
+
+
+def _free_batch(program: ExportedProgram) -> bool:
+    name = program.graph_signature.user_inputs[0]
+    value = next(n for n in program.graph.nodes if n.name == name).meta["val"]
+    return value.dim() == 0 or not isinstance(value.shape[0], int)
+
+
+def _export(module: nn.Module, example: Example, shapes: Any) -> ExportedProgram:
+    try:
+        with quiet(), without_fast_path():
+            return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise _explain(module, error) from error
+
+
+def _explain(module: nn.Module, error: Exception) -> ModelError:
+    name = type(module).__name__
+    text = str(error)
+    if "data-dependent" in text.lower() or "GuardOnDataDependent" in type(error).__name__:
+        return ModelError(
+            f"{name} branches or shapes on the values of a tensor ({first_line(error)}): expected control flow that "
+            "depends on shapes only; use torch.where or torch.cond, or quantize the part without the branch"
+        )
+    return ModelError(
+        f"{name} cannot be exported ({first_line(error)}): expected a forward that torch.export can trace on the "
+        "example; check the example's shapes and dtypes, and replace code that leaves PyTorch"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an exception's message, without a trailing full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings from inside torch.export: none is about the user's model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Attention as separate operators: the fused fast path has no standard form."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
