@@ -1,5 +1,6 @@
 """The plan: one row per tensor that says which scheme it gets, and why; printable, diffable, a file."""
 
+import difflib
 import json
 import os
 import tempfile
@@ -10,14 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from fewbit.errors import FewbitError, PlanError
-from fewbit.numerics.scheme import Scheme
-from fewbit.plan.nearest import did_you_mean
+from fewbit.numerics.scheme import Scheme, block_count
 
 Kind = Literal["weight", "activation", "bias", "output", "gradient"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 VERSION = 1
 SHARED = "shared with "
+DERIVED = "derived from "
 _MAX_BYTES = 64 * 2**20  # a plan has some 200 bytes a tensor: more than this is no plan
 
 
@@ -28,7 +29,8 @@ class Site:
     ``site`` is unique in the model; ``layer`` is the user's dotted layer name (several sites share one);
     ``op`` the canonical operator name. ``constraint`` is ``"free"``, ``"shared with <site>"``,
     ``"fixed ..."`` (the range follows from the operator and is not observed) or
-    ``"derived from ..."`` (biases). ``integer_capable`` is False where the operator has no integer form, and ``reason`` then says why.
+    ``"derived from <input site> and <weight site>"`` (biases: int32 at the product of their scales).
+    ``integer_capable`` is False where the operator has no integer form, and ``reason`` then says why.
     ``axis`` is the output-channel axis of a weight.
     """
 
@@ -50,7 +52,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Row:
-    """What one tensor gets. ``scheme`` None means float; ``because`` names the rule that decided."""
+    """What one tensor gets: ``scheme`` None is float, or int32 where ``constraint`` says ``derived from``.
+
+    ``because`` names the default or the rule that decided. ``observer`` is None where no range is observed:
+    float, dynamic and fixed ranges; ``rounding`` is None but for weights. A row that shares repeats both.
+    """
 
     site: str
     layer: str
@@ -95,7 +101,9 @@ class Row:
         _expect(scheme is None or isinstance(scheme, Mapping), where, "scheme", scheme, "an object or null")
         try:
             parsed = None if scheme is None else Scheme.from_json(scheme)
-        except (FewbitError, KeyError, TypeError, ValueError) as error:
+            if parsed is not None:
+                block_count(tuple(shape), parsed)
+        except FewbitError as error:
             raise PlanError(f"{where}: its scheme is not valid: {error}") from error
         return cls(**{**data, "shape": tuple(shape), "scheme": parsed})
 
@@ -138,7 +146,8 @@ class Plan:
         try:
             return self._by_site[site]
         except KeyError:
-            near = did_you_mean(site, self._by_site) if len(self._by_site) <= 20 else ""
+            close = difflib.get_close_matches(site, list(self._by_site), n=3, cutoff=0.3)
+            near = f"; nearest: {', '.join(close)}" if close else ""
             raise PlanError(f"the plan has no site '{site}'{near}") from None
 
     def weights(self) -> tuple[Row, ...]:
@@ -228,20 +237,23 @@ class Plan:
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
     def diff(self, other: "Plan") -> str:
-        """What changes from this plan to ``other``: ``-`` gone, ``+`` new, ``~`` changed; empty if equal."""
+        """What changes from this plan to ``other``: ``-`` gone, ``+`` new, ``~`` changed; empty if equal.
+
+        A row whose reason alone is another is not listed.
+        """
+        names = [field.name for field in fields(Row)]
         lines = []
         for row in self.rows:
             if row.site not in other._by_site:
                 lines.append(f"- {row.site}: {_describe(row)}")
                 continue
             new = other._by_site[row.site]
-            changes = [
-                f"{field.name} {_value(row, field.name)} -> {_value(new, field.name)}"
-                for field in fields(Row)
-                if getattr(row, field.name) != getattr(new, field.name)
-            ]
-            if changes:
-                lines.append(f"~ {row.site}: {'; '.join(changes)}")
+            changed = [name for name in names if getattr(row, name) != getattr(new, name)]
+            if changed == ["because"]:
+                continue
+            what = "; ".join(f"{name} {_value(row, name)} -> {_value(new, name)}" for name in changed)
+            if what:
+                lines.append(f"~ {row.site}: {what}")
         lines += [f"+ {row.site}: {_describe(row)}" for row in other.rows if row.site not in self._by_site]
         return "\n".join(lines)
 
@@ -262,7 +274,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.site,
         row.op,
         row.kind,
-        scheme.format if scheme else "float",
+        scheme.format if scheme else "int32" if row.constraint.startswith(DERIVED) else "float",
         _granularity(scheme) if scheme else "-",
         row.observer or "-",
         row.rounding or "-",

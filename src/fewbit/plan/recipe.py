@@ -4,13 +4,12 @@ import dataclasses
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from fewbit.errors import FormatError, RecipeError
-from fewbit.numerics.scheme import Scheme
-from fewbit.plan.nearest import did_you_mean
+from fewbit.numerics.format import get_format
+from fewbit.registry import nearest
 
 GRANULARITIES = ("tensor", "channel", "group")
 _BOOLS = {"weight_symmetric", "activation_symmetric", "equalize", "bias_correction"}
@@ -53,7 +52,7 @@ class Rule:
         }
 
     def __str__(self) -> str:
-        what = "".join(f" {key}={_text(value)}" for key, value in self.overrides().items())
+        what = "".join(f" {_text(key, value)}" for key, value in self.overrides().items())
         return f"'{self.match}'" + (f" op={self.op}" if self.op else "") + what
 
 
@@ -61,11 +60,11 @@ class Rule:
 class Recipe:
     """Defaults for every layer, and rules in order, of which the later wins.
 
-    ``weights``: a format's name or ``"float"``. ``activations``: a format's name, ``"float"``, or
-    ``"dynamic"`` (int8, its range taken from each batch at run time: needs no calibration). ``outputs``, what the model
-    returns: ``"same"`` as the activations, ``"float"``, or a format's name. ``granularity`` and
-    ``group_size`` are the weights'; activations are always per tensor. ``weight_observer`` and ``observer`` (the
-    activations') name range estimators.
+    ``weights``: a format's name or ``"float"``. ``activations``: a format's name, ``"float"`` or
+    ``"dynamic"`` (int8 with the range of each batch, taken at run time: needs no calibration).
+    ``outputs``, what the model returns: ``"same"`` as the activations, ``"float"``, or a format's name.
+    ``granularity`` and ``group_size`` are the weights'; activations are always per tensor.
+    ``weight_observer`` and ``observer`` (the activations') name range estimators.
 
     Raises RecipeError for a value of the wrong type, an unknown granularity, or a missing group size.
     """
@@ -108,9 +107,8 @@ class Recipe:
     def replace(self, **values: Any) -> "Recipe":
         """This recipe with ``values`` in place of its own; its name tells what was replaced."""
         _check_keys(f"recipe '{self.name}'", values, Recipe)
-        changed = [
-            f"{key}={_text(value)}" for key, value in values.items() if key not in ("name", "description")
-        ]
+        shown = {key: value for key, value in values.items() if key not in ("name", "description")}
+        changed = [_text(key, value) for key, value in shown.items()]
         name = f"{self.name} with {', '.join(changed)}" if changed else self.name
         return dataclasses.replace(self, **{"name": name, **values})
 
@@ -121,7 +119,7 @@ class Recipe:
         if isinstance(source, str) and not path.suffix and path.name == source:
             path = _presets() / f"{source}.toml"
             if not path.is_file():
-                raise RecipeError(f"unknown recipe '{source}'{did_you_mean(source, preset_names())}")
+                raise RecipeError(f"unknown recipe '{source}': {nearest(source, preset_names())}")
         try:
             with path.open("rb") as file:
                 raw = file.read(_MAX_BYTES + 1)
@@ -151,14 +149,16 @@ class Recipe:
                 if value in words[key]:
                     continue
                 try:
-                    _ = Scheme(value).spec
+                    get_format(value)
                 except FormatError as error:
                     raise RecipeError(f"{where}: {key}: {error}") from error
             else:
                 known = roundings if key == "rounding" else observers
                 if value not in known:
                     kind = "rounding" if key == "rounding" else "observer"
-                    raise RecipeError(f"{where}: {key}: unknown {kind} '{value}'{did_you_mean(value, known)}")
+                    raise RecipeError(
+                        f"{where}: {key}: unknown {kind} '{value}': {nearest(value, sorted(known))}"
+                    )
 
     def _names(self) -> Iterator[tuple[str, str, str]]:
         keys = ("weights", "activations", "outputs", "weight_observer", "observer", "rounding")
@@ -174,7 +174,7 @@ def preset_names() -> list[str]:
 
 
 def _presets() -> Path:
-    return Path(str(resources.files("fewbit"))) / "recipes"
+    return Path(__file__).parent.parent / "recipes"
 
 
 def _as_rule(where: str, number: int, rule: object) -> Rule:
@@ -192,10 +192,10 @@ def _as_rule(where: str, number: int, rule: object) -> Rule:
 
 
 def _check_keys(where: str, values: Mapping[str, Any], cls: type[Recipe] | type[Rule]) -> None:
-    known = {field.name for field in fields(cls)}
+    known = sorted(field.name for field in fields(cls))
     for key in values:
         if key not in known:
-            raise RecipeError(f"{where}: unknown key '{key}'{did_you_mean(str(key), known)}")
+            raise RecipeError(f"{where}: unknown key '{key}': {nearest(str(key), known)}")
 
 
 def _check_type(where: str, key: str, value: object, optional: bool) -> None:
@@ -209,8 +209,8 @@ def _check_type(where: str, key: str, value: object, optional: bool) -> None:
 
 def _check_granularity(where: str, granularity: str | None, group_size: int | None) -> None:
     if granularity is not None and granularity not in GRANULARITIES:
-        near = did_you_mean(granularity, GRANULARITIES)
-        raise RecipeError(f"{where}: unknown granularity '{granularity}'{near}")
+        near = nearest(granularity, list(GRANULARITIES))
+        raise RecipeError(f"{where}: unknown granularity '{granularity}': {near}")
     if group_size is not None and group_size < 1:
         raise RecipeError(f"{where}: group_size is {group_size}, expected at least 1")
     if group_size is not None and granularity != "group":
@@ -219,7 +219,7 @@ def _check_granularity(where: str, granularity: str | None, group_size: int | No
         )
 
 
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{len(value)} rules" if isinstance(value, list | tuple) else str(value)
+def _text(key: str, value: object) -> str:
+    if isinstance(value, list | tuple):
+        return f"{len(value)} {key}" if len(value) != 1 else "1 rule"
+    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"

@@ -5,12 +5,12 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from math import prod
 from typing import Any
 
-from fewbit.errors import PlanError, RecipeError
-from fewbit.numerics.scheme import Scheme
-from fewbit.plan.plan import Plan, Row, Site
+from fewbit.errors import FormatError, PlanError, RecipeError
+from fewbit.numerics.format import get_format
+from fewbit.numerics.scheme import Scheme, block_count
+from fewbit.plan.plan import DERIVED, Plan, Row, Site
 from fewbit.plan.recipe import Recipe, Rule
 
 Check = Callable[[Row], str | None]
@@ -38,14 +38,15 @@ def resolve(recipe: Recipe, sites: Sequence[Site], check: Check | None = None) -
         raise PlanError("the model has no tensor that could be quantized: it has no layer that fewbit knows")
     _check_rules(recipe, sites)
     decided = [_decide(recipe, site) for site in sites]
-    plan = Plan(tuple(_dependent(decided, sites)), recipe.name)
+    plan = Plan(tuple(_dependent(decided)), recipe.name)
     refusals = [(row, reason) for row in plan.rows if row.scheme and check and (reason := check(row))]
     if refusals:
         listed = "\n".join(
             f"  {row.layer or row.site} ({row.kind} '{row.site}'): {reason}" for row, reason in refusals
         )
         raise PlanError(
-            f"recipe '{recipe.name}': the target cannot run {len(refusals)} of {len(plan.rows)} rows:\n{listed}\n"
+            f"recipe '{recipe.name}': the target cannot run {len(refusals)} of {len(plan.rows)} rows:"
+            f"\n{listed}\n"
             'change the recipe, or add a rule that gives these layers another format or "float"'
         )
     return plan
@@ -76,8 +77,6 @@ def _settings(recipe: Recipe, site: Site) -> _Settings:
         if not (_matches(rule, site) and _relevant(rule, site)):
             continue
         overrides = rule.overrides()
-        if "activations" in overrides and "outputs" not in overrides and site.kind == "output":
-            overrides["outputs"] = "same"  # a rule about this layer's activations means this output too
         if overrides.get("granularity") not in (None, "group"):
             overrides["group_size"] = None
         elif "group_size" in overrides:
@@ -92,8 +91,10 @@ def _decide(recipe: Recipe, site: Site) -> Row:
     row = Row(site.site, site.layer, site.op, site.kind, site.shape, None, constraint=site.constraint)
     if not site.integer_capable:
         return dataclasses.replace(row, because=f"float: {site.reason or f'{site.op} has no integer form'}")
-    if site.kind in ("bias", "gradient"):
+    if site.kind == "bias":
         return row
+    if site.kind == "gradient":
+        return dataclasses.replace(row, because="float: gradients are not quantized")
     settings = _settings(recipe, site)
     because = "; ".join(settings.because) or f"default of recipe {recipe.name}"
     scheme = _weight_scheme(settings, site) if site.kind == "weight" else _activation_scheme(settings, site)
@@ -110,23 +111,18 @@ def _decide(recipe: Recipe, site: Site) -> Row:
 def _weight_scheme(settings: _Settings, site: Site) -> Scheme | None:
     if settings.weights == "float":
         return None
-    group_size = settings.group_size if settings.granularity == "group" else None
-    if settings.granularity == "group":
-        if group_size is None:
-            raise RecipeError(
-                f"layer '{site.layer}': granularity is 'group' but group_size is missing: set it"
-            )
-        row_length = prod(site.shape) // max(site.shape[site.axis], 1)
-        if row_length % group_size:
-            raise PlanError(
-                f"layer '{site.layer}': {row_length} weights an output channel do not divide into groups of "
-                f'{group_size}: choose a divisor, or add a rule with granularity = "channel" for it'
-            )
-    scheme = Scheme(settings.weights, settings.granularity, site.axis, group_size, settings.weight_symmetric)
+    spec = get_format(settings.weights)
+    symmetric = settings.weight_symmetric or not spec.integer  # only integers have a zero point
     # Symmetric codes leave out -2**(b-1): it has no positive twin, and kernels that add two products in
     # 16 bits rely on its absence. Unsigned codes have no such extreme.
-    narrow = settings.weight_symmetric and scheme.spec.integer and scheme.spec.qmin < 0
-    return dataclasses.replace(scheme, narrow=True) if narrow else scheme
+    narrow = symmetric and spec.integer and spec.qmin < 0
+    size = settings.group_size if settings.granularity == "group" else None
+    try:
+        scheme = Scheme(settings.weights, settings.granularity, site.axis, size, symmetric, narrow=narrow)
+        block_count(site.shape, scheme)
+    except FormatError as error:
+        raise PlanError(f"layer '{site.layer}': {error}") from error
+    return scheme
 
 
 def _activation_scheme(settings: _Settings, site: Site) -> Scheme | None:
@@ -138,45 +134,52 @@ def _activation_scheme(settings: _Settings, site: Site) -> Scheme | None:
     dynamic = name == "dynamic"
     if dynamic and site.kind == "output":
         return None  # a range taken at run time serves the layer that reads it, and nothing reads an output
-    scheme = Scheme("int8" if dynamic else name, symmetric=settings.activation_symmetric, dynamic=dynamic)
-    _ = scheme.spec  # an unknown format is an error here, not when the first batch comes
-    return scheme
+    spec = get_format("int8" if dynamic else name)
+    return Scheme(spec.name, symmetric=settings.activation_symmetric or not spec.integer, dynamic=dynamic)
 
 
-def _dependent(rows: list[Row], sites: Sequence[Site]) -> list[Row]:
-    """Give sites that share the row they share with, and biases what follows from their layer's weight."""
+def _dependent(rows: list[Row]) -> list[Row]:
+    """Give sites that share the row they share with, and biases what follows from what they derive from."""
     by_site = {row.site: row for row in rows}
-    weights = {row.layer: row for row in rows if row.kind == "weight"}
 
-    def final(site: Site, row: Row) -> Row:
-        if site.kind == "bias" and site.integer_capable:
-            weight = weights.get(site.layer)
-            float_weight = weight is None or weight.scheme is None
-            return dataclasses.replace(
-                row, because="float: the weight is float" if float_weight else row.constraint
-            )
-        if site.kind == "gradient" and site.integer_capable:
-            return dataclasses.replace(row, because="float: gradients are not quantized")
-        if site.shared_with is None:
+    def final(row: Row) -> Row:
+        if row.kind == "bias" and not row.because:
+            return _bias(row, by_site)
+        if row.shared_with is None:
             return row
         source = _source(row, by_site)
-        because = f"{site.constraint}: {source.because}"
+        because = f"{row.constraint}: {source.because}"
         return dataclasses.replace(
             row, scheme=source.scheme, observer=source.observer, rounding=source.rounding, because=because
         )
 
-    return [final(site, row) for site, row in zip(sites, rows, strict=True)]
+    return [final(row) for row in rows]
+
+
+def _bias(row: Row, by_site: dict[str, Row]) -> Row:
+    """An int32 at the scale of input times weight if both are static integers; otherwise float, and free."""
+    names = row.constraint.removeprefix(DERIVED).split(" and ") if row.constraint.startswith(DERIVED) else []
+    for name in names:
+        if name not in by_site:
+            raise PlanError(f"site '{row.site}' is derived from '{name}', which is not in the model")
+        scheme = _source(by_site[name], by_site).scheme
+        if scheme is None or scheme.dynamic or not scheme.spec.integer:
+            found = "float" if scheme is None else "dynamic" if scheme.dynamic else scheme.format
+            return dataclasses.replace(row, constraint="free", because=f"float: '{name}' is {found}")
+    return dataclasses.replace(
+        row, because=f"int32, {row.constraint}" if names else "float: derived from nothing"
+    )
 
 
 def _source(row: Row, by_site: dict[str, Row]) -> Row:
-    """The row at the end of a chain of sharing."""
-    seen = {row.site}
+    """The row at the end of a chain of sharing; the row itself if it shares with none."""
+    seen = [row.site]
     while (other := row.shared_with) is not None:
         if other not in by_site:
             raise PlanError(f"site '{row.site}' is shared with '{other}', which is not in the model")
         if other in seen:
-            raise PlanError(f"site '{row.site}' is shared in a circle: {' -> '.join(sorted(seen))}")
-        seen.add(other)
+            raise PlanError(f"site '{other}' is shared in a circle: {' -> '.join([*seen, other])}")
+        seen.append(other)
         row = by_site[other]
     return row
 
