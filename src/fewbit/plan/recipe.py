@@ -4,6 +4,7 @@ import dataclasses
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,10 @@ class Rule:
         _check_granularity(where, self.granularity or ("group" if self.group_size else None), self.group_size)
         if not self.overrides():
             raise RecipeError(f'{where}: it changes nothing: give it a key such as weights = "int4"')
+
+    def matches(self, layer: str, op: str) -> bool:
+        """Whether the rule speaks of the layer of that name, which has that operator."""
+        return fnmatchcase(layer, self.match) and self.op in (None, op)
 
     def overrides(self) -> dict[str, Any]:
         """The fields that the rule sets, without ``match`` and ``op``."""
@@ -136,6 +141,16 @@ class Recipe:
             return cls(**{"name": path.stem, **values})
         except RecipeError as error:
             raise RecipeError(f"{path}: {error}") from error
+
+    def mode(self, layer: str, op: str) -> str:
+        """How a layer computes: ``"static"``, ``"dynamic"``, ``"weight-only"`` or ``"float"``, rules considered."""
+        weights, activations = self.weights, self.activations
+        for rule in self.rules:
+            if rule.matches(layer, op):
+                weights, activations = rule.weights or weights, rule.activations or activations
+        if weights == "float":
+            return "float"
+        return {"float": "weight-only", "dynamic": "dynamic"}.get(activations, "static")
 
     def validate(self, observers: Collection[str], roundings: Collection[str]) -> None:
         """RecipeError where a format does not exist, or an observer or rounding is not among those given."""

@@ -63,10 +63,6 @@ class _Settings:
         return self.values[key]
 
 
-def _matches(rule: Rule, site: Site) -> bool:
-    return fnmatchcase(site.layer, rule.match) and rule.op in (None, site.op)
-
-
 def _relevant(rule: Rule, site: Site) -> bool:
     return bool(_KEYS.get(site.kind, frozenset()) & rule.overrides().keys())
 
@@ -74,7 +70,7 @@ def _relevant(rule: Rule, site: Site) -> bool:
 def _settings(recipe: Recipe, site: Site) -> _Settings:
     settings = _Settings({item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)})
     for number, rule in enumerate(recipe.rules, 1):
-        if not (_matches(rule, site) and _relevant(rule, site)):
+        if not (rule.matches(site.layer, site.op) and _relevant(rule, site)):
             continue
         overrides = rule.overrides()
         if overrides.get("granularity") not in (None, "group"):
@@ -188,29 +184,21 @@ def _check_rules(recipe: Recipe, sites: Sequence[Site]) -> None:
     """Refuse a rule that matches no layer, and one that says nothing about the layers it matches."""
     for number, rule in enumerate(recipe.rules, 1):
         where = f"recipe '{recipe.name}', rule {number}: {rule}"
-        matched = [site for site in sites if _matches(rule, site)]
+        matched = [site for site in sites if rule.matches(site.layer, site.op)]
         if not matched:
             raise RecipeError(f"{where} matches no layer; {_nearest(rule, sites)}")
+        if {"float", "dynamic"} & {rule.weights, rule.activations}:
+            continue  # these also decide which sites there are, so what is left of them proves nothing
         relevant = [site for site in matched if _relevant(rule, site)]
         keys = ", ".join(rule.overrides())
         if not relevant:
             kinds = ", ".join(sorted({site.kind for site in matched}))
             raise RecipeError(f"{where} has no effect: {keys} does not apply to the {kinds} it matches")
-        if any(_free(site) or _only_float(rule, site) for site in relevant):
+        if any(site.integer_capable and site.shared_with is None for site in relevant):
             continue
         site = relevant[0]
         why = site.constraint if site.shared_with else site.reason or f"{site.op} has no integer form"
         raise RecipeError(f"{where} has no effect: '{site.site}' is not free to choose ({why})")
-
-
-def _free(site: Site) -> bool:
-    return site.integer_capable and site.shared_with is None
-
-
-def _only_float(rule: Rule, site: Site) -> bool:
-    """Asking for float where a site is float anyway is no mistake."""
-    asked = {value for key, value in rule.overrides().items() if key in ("weights", "activations", "outputs")}
-    return not site.integer_capable and asked == {"float"}
 
 
 def _nearest(rule: Rule, sites: Sequence[Site]) -> str:
