@@ -18,7 +18,7 @@ def nearest(name: str, known: list[str]) -> str:
 class Registry:
     """The plug-ins of one package, found by listing its folder and imported when first asked for.
 
-    The package's `__path__` is walked at each call, so that a folder appended to it adds its files as plug-ins.
+    The package's `__path__` is walked at each call: a folder appended to it adds its files as plug-ins.
     Modules whose name starts with an underscore are not plug-ins.
 
     Args:
@@ -38,10 +38,10 @@ class Registry:
         return sorted({found.name for found in pkgutil.iter_modules(path) if not found.name.startswith("_")})
 
     def module(self, name: str) -> ModuleType:
-        """The plug-in's module. Raises the registry's error class, with the nearest match, if there is none."""
+        """The plug-in's module. Raises the registry's error, with the nearest match, if there is none."""
         known = self.names()
         if name not in known:
             raise self.error(f"unknown {self.kind} {name!r}: {nearest(name, known)}")
-        # A folder appended to the package's path a moment ago may not be in the import system's directory cache yet.
+        # A file added a moment ago may not be in the import system's directory cache yet.
         importlib.invalidate_caches()
         return importlib.import_module(f"{self.package}.{name}")

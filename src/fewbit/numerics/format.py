@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Format(ABC):
     Attributes:
         name: the name that `get_format` resolves, for example "int8".
         bits: bits of storage per number.
-        integer: whether a code is the normalised value itself, so that a zero point and integer arithmetic make sense.
+        integer: whether a code is the normalised value itself, so that zero points and integer kernels apply.
         qmin, qmax: the smallest and largest normalised value. A symmetric scheme maps max|x| to qmax.
         code_dtype: torch dtype that holds a code.
     """
@@ -49,11 +49,11 @@ class Format(ABC):
         """Normalised values of codes: float32, same shape."""
 
     def codes(self) -> Tensor:
-        """Every code that `encode` can give, by ascending value: `code_dtype`, 1-d. Default: 0 .. 2**bits - 1."""
+        """Every code that `encode` can give, by ascending value: `code_dtype`, 1-d."""
         return torch.arange(2**self.bits).to(self.code_dtype)
 
     def nearest(self, v: Tensor) -> Tensor:
-        """The nearest representable normalised values: float32, same shape as v. Override where it can be faster."""
+        """The nearest representable normalised values: float32, in v's shape. Override it to be faster."""
         return self.decode(self.encode(v))
 
     def __eq__(self, other: object) -> bool:
@@ -66,7 +66,7 @@ class Format(ABC):
         return f"Format({self.name})"
 
 
-@lru_cache(maxsize=None)
+@cache
 def get_format(name: str) -> Format:
     """The format of that name. Raises FormatError for an unknown name, with the nearest match."""
     for family in _FAMILIES.names():
@@ -78,5 +78,5 @@ def get_format(name: str) -> Format:
 
 
 def format_names() -> list[str]:
-    """Example names of every format family, sorted by family; families with a free number show the usual ones."""
+    """Example names of every format family, sorted by family; each name can be given to `get_format`."""
     return [name for family in _FAMILIES.names() for name in _FAMILIES.module(family).EXAMPLES]

@@ -52,7 +52,7 @@ class QTensor:
 
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> "QTensor":
-        """A quantized tensor from codes in the tensor's shape. Raises FormatError if the parts do not fit together."""
+        """A quantized tensor from codes in the tensor's shape. Raises FormatError if its parts do not fit."""
         count = block_count(codes.shape, scheme)
         for name, part in (("scale", scale), ("zero_point", zero_point)):
             if part.shape != (count,):
@@ -60,9 +60,8 @@ class QTensor:
         if scheme.spec.integer and codes.numel():
             low, high = int(codes.min()), int(codes.max())
             if low < scheme.qmin or high > scheme.qmax:
-                raise FormatError(
-                    f"codes run from {low} to {high}: {scheme.format} has {scheme.qmin:.0f} to {scheme.qmax:.0f}"
-                )
+                limits = f"{scheme.qmin:.0f} to {scheme.qmax:.0f}"
+                raise FormatError(f"codes run from {low} to {high}: this {scheme.format} scheme has {limits}")
         codes = codes.to(scheme.spec.code_dtype)
         return cls(codes, scale.to(torch.float32), zero_point.to(torch.int32), scheme, tuple(codes.shape))
 
@@ -75,7 +74,7 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes when stored densely: packed codes, float32 scales and, if affine, zero points in whole bytes."""
+        """Bytes when stored densely: packed codes, float32 scales, and zero points if affine."""
         bits = self.scheme.spec.bits
         zero_points = 0 if self.scheme.symmetric else self.zero_point.numel() * -(-bits // 8)
         return -(-self.codes.numel() * bits // 8) + 4 * self.scale.numel() + zero_points
@@ -87,11 +86,12 @@ class QTensor:
 
 
 def normalise(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
-    """Normalised values before coding: x / scale, and for integer formats clamp(round(x / scale) + zero_point, qmin, qmax).
+    """Normalised values before coding, clamped: x / scale, or round(x / scale) + zero_point for integer
+    formats.
 
-    Rounding comes before the zero point is added: with an odd zero point, ties would otherwise go the other way.
-    The division is a float32 division, as in ONNX QuantizeLinear; a product with 1 / scale rounds differently.
-    Shapes as in `fake_quantize`.
+    Rounding comes before the zero point is added: with an odd zero point, ties would otherwise go the
+    other way. The division is a float32 division, as in ONNX QuantizeLinear; a product with 1 / scale rounds
+    differently. Shapes as in `fake_quantize`.
     """
     v = x / _spread(scale, x.shape, scheme)
     if scheme.spec.integer:
@@ -100,7 +100,7 @@ def normalise(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> T
 
 
 def encode(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
-    """Codes of x: the format's `code_dtype`, in x's shape. Raises FormatError for NaN. Arguments as in `fake_quantize`."""
+    """Codes of x, arguments as in `fake_quantize`: `code_dtype`, in x's shape. Raises FormatError for NaN."""
     bad = torch.isnan(x)
     if bool(bad.any()):
         index = tuple(torch.nonzero(bad)[0].tolist())
@@ -116,7 +116,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) 
         scale: float32 [C]; zero_point: int32 [C], one per block.
 
     Returns:
-        float32 in x's shape; equal to `QTensor.quantize(...).dequantize()` with the same scale and zero point.
+        float32 in x's shape; equal to the dequantized QTensor with the same scale and zero point.
     """
     v = normalise(x, scale, zero_point, scheme)
     if not scheme.spec.integer:
@@ -125,7 +125,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) 
 
 
 def _spread(per_block: Tensor, shape: tuple[int, ...] | torch.Size, scheme: Scheme) -> Tensor:
-    """A value per block [C], shaped so that it broadcasts against (group: expanded to) a tensor of `shape`."""
+    """A value per block [C], shaped to broadcast against a tensor of `shape`; expanded to it for groups."""
     if scheme.granularity == "tensor":
         return per_block.reshape(())
     if scheme.granularity == "channel":

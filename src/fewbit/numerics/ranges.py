@@ -16,14 +16,17 @@ def extremes(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """
     if x.numel() == 0:
         raise CalibrationError(f"a tensor of shape {tuple(x.shape)} is empty: at least one number is needed")
-    lo, hi = torch.aminmax(blocks(x, scheme), dim=1)
-    # The extremes carry every NaN and infinity of the tensor, so the tensor itself is only searched to name the place.
+    rows = blocks(x, scheme)
+    # Measured on CPU: along a dimension, aminmax is 20 times slower than over all; amin and amax are not.
+    lo, hi = rows.aminmax() if rows.shape[0] == 1 else (rows.amin(dim=1), rows.amax(dim=1))
+    # The extremes carry every NaN and infinity, so the tensor itself is only searched to name the place.
     if not bool((torch.isfinite(lo) & torch.isfinite(hi)).all()):
         index = tuple(torch.nonzero(~torch.isfinite(x))[0].tolist())
         raise CalibrationError(
-            f"found {float(x[index])} at index {index} of a tensor of shape {tuple(x.shape)}: expected finite numbers"
+            f"found {float(x[index])} at index {index} of a tensor of shape {tuple(x.shape)}: "
+            "expected finite numbers"
         )
-    return lo.to(torch.float32), hi.to(torch.float32)
+    return lo.to(torch.float32).reshape(-1), hi.to(torch.float32).reshape(-1)
 
 
 def clipped_fraction(x: Tensor, lo: Tensor, hi: Tensor, scheme: Scheme) -> Tensor:

@@ -1,6 +1,7 @@
-"""A scheme says how a tensor is quantized; from it follow the blocks that share a scale, and each block's scale and zero point.
+"""How a tensor is quantized: a scheme gives the blocks that share a scale, their scales and zero points.
 
-Source of the arithmetic: Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference" (arXiv 1806.08342).
+Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference" (arXiv 1806.08342), section
+2.
 """
 
 from collections.abc import Mapping
@@ -18,8 +19,8 @@ from fewbit.registry import nearest
 Granularity = Literal["tensor", "channel", "group"]
 _GRANULARITIES = ["tensor", "channel", "group"]
 _SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: runtimes may flush anything smaller to zero
-# A zero point is rounded, so the last code can decode to half a step beyond its bound: half of float32's range is
-# left free, so that no code ever decodes to infinity.
+# A zero point is rounded, so the last code can decode to half a step beyond its bound: half of float32's
+# range is left free, so that no code ever decodes to infinity.
 _LARGEST_BOUND = torch.finfo(torch.float32).max / 2
 
 
@@ -29,7 +30,8 @@ class Scheme:
 
     Attributes:
         format: name of a number format, for example "int8".
-        granularity: what shares one scale: the whole "tensor", one "channel", or a "group" of `group_size` numbers.
+        granularity: what shares a scale: the whole "tensor", a "channel", or a "group" of `group_size`
+            numbers.
         axis: the channel dimension, for "channel" and "group"; may be negative.
         group_size: numbers in a group. Groups run along the flattened other dimensions of one channel.
         symmetric: the range is centred on zero, else it is affine (integer formats only).
@@ -91,7 +93,7 @@ class Scheme:
 
     @classmethod
     def from_json(cls, d: Mapping[str, Any]) -> "Scheme":
-        """The scheme that `to_json` described. Raises FormatError for unknown keys, missing keys and wrong types."""
+        """The inverse of `to_json`. Raises FormatError for unknown keys, missing keys and wrong types."""
         types: dict[str, tuple[type, ...]] = {
             "format": (str,), "granularity": (str,), "axis": (int,), "group_size": (int, type(None)),
             "symmetric": (bool,), "dynamic": (bool,), "narrow": (bool,),
@@ -108,12 +110,16 @@ class Scheme:
 
 
 def block_count(shape: tuple[int, ...] | torch.Size, scheme: Scheme) -> int:
-    """Number of blocks, that is of scales, of a tensor of this shape. Raises FormatError if the scheme does not fit it."""
+    """How many blocks, so scales, a tensor of this shape has.
+
+    Raises FormatError if the scheme does not fit.
+    """
     if scheme.granularity == "tensor":
         return 1
     if not -len(shape) <= scheme.axis < len(shape):
         raise FormatError(
-            f"a tensor of shape {tuple(shape)} has no axis {scheme.axis}: choose an axis it has, or granularity 'tensor'"
+            f"a tensor of shape {tuple(shape)} has no axis {scheme.axis}: "
+            "choose an axis it has, or granularity 'tensor'"
         )
     channels = shape[scheme.axis]
     if scheme.group_size is None:
@@ -121,8 +127,8 @@ def block_count(shape: tuple[int, ...] | torch.Size, scheme: Scheme) -> int:
     rest = torch.Size(shape).numel() // channels if channels else 0
     if rest % scheme.group_size:
         raise FormatError(
-            f"group_size {scheme.group_size} does not divide the {rest} numbers per channel of a tensor of shape "
-            f"{tuple(shape)} (axis {scheme.axis}): choose a divisor of {rest}"
+            f"group_size {scheme.group_size} does not divide the {rest} numbers per channel of a tensor of "
+            f"shape {tuple(shape)} (axis {scheme.axis}): choose a divisor of {rest}"
         )
     return channels * (rest // scheme.group_size)
 
@@ -151,9 +157,10 @@ def unblocks(rows: Tensor, shape: tuple[int, ...] | torch.Size, scheme: Scheme) 
 def qparams(lo: Tensor, hi: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each block from its range, which is first widened to hold zero.
 
-    Symmetric: scale = max(|lo|, |hi|) / qmax, zero point 0; an unsigned format takes its middle code as the zero point
-    of a block that has negative values. Affine: scale = (hi - lo) / (qmax - qmin), zero point = round(qmin - lo / scale).
-    A range of zero width gives scale 1. Bounds are limited to half of float32's range and scales to normal numbers.
+    Symmetric: scale = max(|lo|, |hi|) / qmax, zero point 0; an unsigned format takes its middle code as the
+    zero point of a block that has negative values. Affine: scale = (hi - lo) / (qmax - qmin), zero point =
+    round(qmin - lo / scale). A range of zero width gives scale 1. Bounds are limited to half of float32's
+    range and scales to normal numbers.
 
     Args:
         lo, hi: [C], any float dtype; finite.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import CalibrationError
+from fewbit.numerics.histogram import Histogram
 from fewbit.numerics.ranges import extremes
 from fewbit.numerics.scheme import Scheme, blocks
 from fewbit.registry import Registry
@@ -17,12 +18,13 @@ registry = Registry("fewbit.observers", "observer")
 class RangeObserver(ABC):
     """What all observers share: the true extremes, the checks, and the frame of update, merge and bounds.
 
-    A plug-in names its subclass `Observer` and fills in `_observe`, `_absorb` and `_estimate`. Its state must not grow
-    with the number of updates.
+    A plug-in names its subclass `Observer` and fills in `_observe`, `_absorb` and `_estimate`. Its state must
+    not grow with the number of updates.
 
     Class attributes:
         SATURATES: whether `bounds` may be narrower than what was observed.
-        ORDER_INDEPENDENT: whether the same numbers in another order, or in other batches, give the same bounds.
+        ORDER_INDEPENDENT: whether the same numbers in another order, or in other batches, give the same
+            bounds.
     """
 
     SATURATES: bool
@@ -48,7 +50,7 @@ class RangeObserver(ABC):
         self._observe(blocks(x, self.scheme), lo, hi)
 
     def merge(self, other: Self) -> None:
-        """Takes into account all that another observer of the same kind and scheme has seen, as if it came next."""
+        """Adds all that another observer of the same kind and scheme has seen, as if it came next."""
         if type(other) is not type(self) or other.scheme != self.scheme:
             raise CalibrationError("only observers of the same kind and scheme can be merged")
         if other._lo is None or other._hi is None:
@@ -57,7 +59,10 @@ class RangeObserver(ABC):
         self._absorb(other)
 
     def observed(self) -> tuple[Tensor, Tensor]:
-        """True minimum and maximum of each block so far: float32 [C]. Raises CalibrationError if nothing was seen."""
+        """True minimum and maximum of each block: float32 [C].
+
+        Raises CalibrationError if nothing was seen.
+        """
         if self._lo is None or self._hi is None:
             raise CalibrationError("nothing was observed: run calibration data through this layer first")
         return self._lo, self._hi
@@ -80,22 +85,56 @@ class RangeObserver(ABC):
             return
         if lo.shape != self._lo.shape:
             raise CalibrationError(
-                f"found {lo.numel()} blocks after {self._lo.numel()}: the scheme's dimension must keep its size "
-                "from batch to batch; use granularity 'tensor' or another axis"
+                f"found {lo.numel()} blocks after {self._lo.numel()}: the scheme's dimension must keep "
+                "its size from batch to batch; use granularity 'tensor' or another axis"
             )
         self._lo, self._hi = torch.minimum(self._lo, lo), torch.maximum(self._hi, hi)
 
     @abstractmethod
     def _observe(self, rows: Tensor, lo: Tensor, hi: Tensor) -> None:
-        """One batch as rows [C, n] of any float dtype, and its finite extremes [C]; the true extremes are already kept."""
+        """One batch as rows [C, n] of any float dtype, and its finite extremes [C], which are already kept."""
 
     @abstractmethod
     def _absorb(self, other: Self) -> None:
-        """The state of another observer of the same kind, which has seen something; the true extremes are already kept."""
+        """The state of another observer, which has seen something; its extremes are already kept."""
 
     @abstractmethod
     def _estimate(self) -> tuple[Tensor, Tensor]:
         """The range, lo and hi [C]; `bounds` limits it to the true extremes and includes zero."""
+
+
+class HistogramObserver(RangeObserver):
+    """An observer that keeps a histogram of each block; a plug-in only fills in `_estimate`.
+
+    Class attributes:
+        BINS: bins per block; halved until the counts of all blocks take no more than 128 MiB.
+    """
+
+    SATURATES = True
+    ORDER_INDEPENDENT = True
+    BINS = 2048
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(scheme)
+        self._histogram: Histogram | None = None
+
+    @property
+    def histogram(self) -> Histogram:
+        """All that was seen. Raises CalibrationError if nothing was."""
+        self.observed()
+        assert self._histogram is not None
+        return self._histogram
+
+    def _observe(self, rows: Tensor, lo: Tensor, hi: Tensor) -> None:
+        if self._histogram is None:
+            self._histogram = Histogram(lo, hi, self.BINS)
+        self._histogram.update(rows, lo, hi)
+
+    def _absorb(self, other: Self) -> None:
+        seen = other.histogram
+        if self._histogram is None:
+            self._histogram = Histogram(seen.lo, seen.hi, self.BINS)
+        self._histogram.merge(seen)
 
 
 def observer_names() -> list[str]:

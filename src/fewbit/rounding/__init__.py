@@ -1,4 +1,4 @@
-"""Rounding of weights: one algorithm a file, with `STATISTICS` and `round(weight, scheme, lo, hi, statistics)`."""
+"""Rounding of weights: one algorithm a file, with `STATISTICS` and `round(weight, scheme, lo, hi, ...)`."""
 
 from collections.abc import Mapping
 from typing import Any

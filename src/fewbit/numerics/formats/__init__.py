@@ -1,1 +1,1 @@
-"""Number formats: one family a file, with `PATTERN` (a regular expression for its names), `EXAMPLES` and `make(match)`."""
+"""Number formats: one family a file, with `PATTERN` (what its names match), `EXAMPLES` and `make(match)`."""

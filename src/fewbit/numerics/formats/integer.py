@@ -1,4 +1,4 @@
-"""Two's complement and unsigned integers, `int<N>` and `uint<N>`, of 2 to 16 bits: a code is the number itself."""
+"""Integers of 2 to 16 bits, `int<N>` (two's complement) and `uint<N>`: a code is the number itself."""
 
 import re
 
