@@ -1,0 +1,77 @@
+"""What the passes ask of a graph's layers: who calls them, who shares weights, which axis is a channel."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor, fx, nn
+
+from fewbit.errors import ModelError
+from fewbit.model.graph import module_of
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Weighted = Convolution | nn.Linear
+CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def calls(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    """The nodes that call each layer, by the layer's name."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            found.setdefault(str(node.target), []).append(node)
+    return found
+
+
+def weighted(node: fx.Node, gm: fx.GraphModule) -> Weighted | None:
+    """The convolution or linear layer that a node calls."""
+    module = module_of(node, gm)
+    return module if isinstance(module, CONVOLUTION + (nn.Linear,)) else None
+
+
+def shared_parameters(gm: fx.GraphModule) -> set[int]:
+    """Identities of parameters with more than one name: two layers, or a layer and a plain use of it."""
+    count = Counter(id(p) for _, p in gm.named_parameters(remove_duplicate=False))
+    return {identity for identity, names in count.items() if names > 1}
+
+
+def is_shared(layer: nn.Module, shared: set[int]) -> bool:
+    """Whether one of the layer's own parameters is in `shared`."""
+    return any(id(p) in shared for p in layer.parameters(recurse=False))
+
+
+def by_output(layer: Weighted, weight: Tensor) -> Tensor:
+    """`weight` with output channels first, in the order of the layer's output: [outputs, ...]."""
+    if not isinstance(layer, TRANSPOSED):
+        return weight
+    groups, outputs = layer.groups, layer.out_channels // layer.groups
+    kernel = weight.shape[2:]
+    grouped = weight.reshape(groups, -1, outputs, *kernel).transpose(1, 2)
+    return grouped.reshape(layer.out_channels, -1, *kernel)
+
+
+def scale_outputs(layer: Weighted, weight: Tensor, factor: Tensor) -> Tensor:
+    """`weight` with output channel c multiplied by `factor[c]`; [C] with the layer's output channels."""
+    if not isinstance(layer, TRANSPOSED):
+        return weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+    grouped = weight.reshape(layer.groups, -1, *weight.shape[1:])
+    ones = [1] * (weight.dim() - 2)
+    return (grouped * factor.reshape(layer.groups, 1, -1, *ones)).reshape(weight.shape)
+
+
+def store(name: str, layer: Weighted, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a layer new values in its own dtype; ModelError, and no change, if one is not finite there."""
+    values = {"weight": weight, "bias": bias}
+    dtype, trained = layer.weight.dtype, layer.weight.requires_grad
+    stored = {key: value.detach().to(dtype) for key, value in values.items() if value is not None}
+    for key, value in stored.items():
+        bad = (~torch.isfinite(value)).nonzero()
+        if len(bad):
+            raise ModelError(
+                f"layer {name!r}: its new {key} is {value[tuple(bad[0])].item()} at {bad[0].tolist()}: "
+                f"expected a number that {dtype} can hold; look for weights or statistics of extreme size"
+            )
+    for key, value in stored.items():
+        setattr(layer, key, nn.Parameter(value.contiguous(), requires_grad=trained))
