@@ -143,7 +143,7 @@ class Recipe:
             raise RecipeError(f"{path}: {error}") from error
 
     def mode(self, layer: str, op: str) -> str:
-        """How a layer computes: ``"static"``, ``"dynamic"``, ``"weight-only"`` or ``"float"``, rules considered."""
+        """``"static"``, ``"dynamic"``, ``"weight-only"`` or ``"float"``: how a layer computes, rules considered."""
         weights, activations = self.weights, self.activations
         for rule in self.rules:
             if rule.matches(layer, op):
@@ -166,7 +166,8 @@ class Recipe:
                 try:
                     get_format(value)
                 except FormatError as error:
-                    raise RecipeError(f"{where}: {key}: {error}") from error
+                    also = " or ".join(f"'{word}'" for word in words[key])
+                    raise RecipeError(f"{where}: {key}: {error}; also allowed: {also}") from error
             else:
                 known = roundings if key == "rounding" else observers
                 if value not in known:
