@@ -148,7 +148,7 @@ def test_groups() -> None:
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
-        (Rule("layr1.conv", weights="int4"), "weights=int4 matches no layer; nearest layer names: layer1.conv"),
+        (Rule("layr1.conv", weights="int4"), "weights=int4 matches no layer; nearest layer names: layer1"),
         (Rule("layer1.*", op="linear", weights="int4"), "'layer1.*' matches layers, but only of op conv"),
         (Rule("pool", weights="int4"), "weights does not apply to the activation it matches"),
         (Rule("pool", activations="int4"), "'pool.output' is not free to choose (shared with layer1."),

@@ -12,7 +12,7 @@ SITES = [
     Site("conv1.bias", "conv1", "conv", "bias", (32,), "derived from x and conv1.weight"),
     Site("conv1.output", "conv1", "conv", "activation", (1, 32, 8, 8)),
     Site("pool.output", "pool", "max_pool", "activation", (1, 32, 4, 4), "shared with conv1.output"),
-    Site("norm.output", "norm", "layer_norm", "activation", (1, 9), integer_capable=False, reason="no integer form"),
+    Site("norm.output", "norm", "layer_norm", "activation", (1, 9), integer_capable=False),
     Site("head.weight", "head", "linear", "weight", (10, 512)),
     Site("head.output", "head", "linear", "output", (1, 10)),
 ]  # fmt: skip
@@ -25,7 +25,7 @@ conv1.weight  conv        weight      int8    channel         minmax    nearest 
 conv1.bias    conv        bias        int32   -               -         -         int32, derived from x and conv1.weight
 conv1.output  conv        activation  uint4   tensor, affine  mse       -         rule 1: 'conv*' activations=uint4 observer=mse
 pool.output   max_pool    activation  uint4   tensor, affine  mse       -         shared with conv1.output: rule 1: 'conv*' activations=uint4 observer=mse
-norm.output   layer_norm  activation  float   -               -         -         float: no integer form
+norm.output   layer_norm  activation  float   -               -         -         float: layer_norm has no integer form
 head.weight   linear      weight      int4    group 64        minmax    nearest   rule 2: 'head' op=linear weights=int4 granularity=group group_size=64
 head.output   linear      output      float   -               -         -         float: default of recipe golden
 """  # noqa: E501
