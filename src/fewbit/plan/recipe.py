@@ -13,7 +13,7 @@ from fewbit.numerics.format import get_format
 from fewbit.registry import nearest
 
 GRANULARITIES = ("tensor", "channel", "group")
-_BOOLS = {"weight_symmetric", "activation_symmetric", "equalize", "bias_correction"}
+_BOOLS = {"weight_symmetric", "activation_symmetric", "equalize", "bias_correction", "portable"}
 _MAX_BYTES = 2**20
 
 
@@ -69,6 +69,7 @@ class Recipe:
     ``"dynamic"`` (int8 with the range of each batch, taken at run time: needs no calibration).
     ``outputs``, what the model returns: ``"same"`` as the activations, ``"float"``, or a format's name.
     ``granularity`` and ``group_size`` are the weights'; activations are always per tensor.
+    ``portable`` keeps 8-bit weights where no CPU saturates (x86 without VNNI adds two products in 16 bits).
     ``weight_observer`` and ``observer`` (the activations') name range estimators.
 
     Raises RecipeError for a value of the wrong type, an unknown granularity, or a missing group size.
@@ -88,6 +89,7 @@ class Recipe:
     rounding: str = "nearest"
     equalize: bool = False
     bias_correction: bool = False
+    portable: bool = True
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:

@@ -1,0 +1,391 @@
+"""Lowers a quantized model to its integer program: weights become codes, clamps join their producers, floats stay float.
+
+What is lowered as integer was decided when the model was quantized (``QuantizedModel.integer``); here it is only
+translated, and every accumulator is proven to fit 32 bits.
+"""
+
+import inspect
+import operator as python_operator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fewbit.errors import ModelError, PlanError
+from fewbit.model.integer_forms import IntegerForm, integer_form, shape
+from fewbit.model.kernels import quantize
+from fewbit.model.operators import operator
+from fewbit.model.program import Coding, Op, Program, aten, decode_args, encode_args
+from fewbit.model.simulate import DynamicFakeQuantize, FakeQuantize, QuantizedModel
+from fewbit.model.sites import WEIGHTED, clamp_bounds, display_name, layer_name, passes_codes, rescale_factor
+from fewbit.numerics.scheme import Scheme, qparams
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_INT32 = 2**31 - 1
+_SYMBOLIC = {getattr(python_operator, n): n for n in ("add", "sub", "mul", "floordiv", "mod", "neg")}
+
+
+def lower(model: QuantizedModel) -> Program:
+    """The integer program of a quantized model. Raises ``PlanError`` where an accumulator could leave 32 bits."""
+    return _Lowering(model).program()
+
+
+class _Lowering:
+    """One walk over the graph. ``names`` maps a node to the value that holds it; ``values`` may be codes or float."""
+
+    def __init__(self, model: QuantizedModel) -> None:
+        self.model = model
+        self.gm: GraphModule = model.graph
+        self.ops: list[Op] = []
+        self.codings: dict[str, Coding] = {}
+        self.names: dict[Node, str] = {}
+        self.floats: dict[str, str] = {}
+        self.done: set[Node] = set()
+
+    def program(self) -> Program:
+        nodes = list(self.gm.graph.nodes)
+        inputs = [n for n in nodes if n.op == "placeholder"]
+        for node in inputs:
+            self.names[node] = node.name
+        for node in nodes:
+            if node not in self.done and node.op in ("call_module", "call_function", "get_attr"):
+                self._lower(node)
+        output = next(n for n in nodes if n.op == "output")
+        outputs = torch.fx.node.map_arg(output.args[0], lambda n: _Name(self._float(self.names[n], n)))
+        return Program(
+            inputs=[n.name for n in inputs],
+            input_shapes=[free_shape(n) for n in inputs],
+            input_dtypes=[str(n.meta.get("dtype", torch.float32)).removeprefix("torch.") for n in inputs],
+            outputs=_plain(outputs),
+            ops=self.ops,
+            codings=self.codings,
+        )
+
+    # ---- one node ---------------------------------------------------------------------------------------------------
+
+    def _lower(self, node: Node) -> None:
+        module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, FakeQuantize):
+            self._boundary(node, module)
+        elif isinstance(module, DynamicFakeQuantize):
+            self.names[node] = self.names[_first(node)]
+        elif node.name in self.model.integer:
+            self._integer(node)
+        elif node.op == "get_attr":
+            self._emit("constant", "float", node, [], constants={"value": _attribute(self.gm, node)})
+        elif isinstance(node.args[0] if node.args else None, Node) and self._reads_dynamic(node):
+            self._dynamic(node)
+        elif self._codes_pass(node):
+            self._shares(node)
+        else:
+            self._float_op(node, module)
+
+    def _emit(
+        self, kind: str, domain: str, node: Node, inputs: list[str], *, attrs: dict[str, Any] | None = None,
+        constants: dict[str, Tensor] | None = None, note: str = "", name: str | None = None, coding: Coding | None = None,
+    ) -> str:  # fmt: skip
+        output = name or node.name
+        op = Op(kind, domain, layer_name(node), display_name(node), inputs, output, attrs or {}, constants or {}, note)
+        self.ops.append(op)
+        if coding is not None:
+            self.codings[output] = coding
+        if name is None:
+            self.names[node] = output
+        return output
+
+    def _float(self, value: str, node: Node) -> str:
+        """The name of a float version of a value: itself, or its codes dequantized (once)."""
+        if value not in self.codings:
+            return value
+        if value not in self.floats:
+            self.floats[value] = self._emit("dequantize", "boundary", node, [value], name=f"{value}_float")
+        return self.floats[value]
+
+    def _boundary(self, node: Node, module: FakeQuantize) -> None:
+        source = _first(node)
+        coding = coding_of(module)
+        self._emit("quantize", "boundary", node, [self._float(self.names[source], source)], coding=coding)
+
+    def _integer(self, node: Node) -> None:
+        form = self._form(node)
+        carrier, quantizer = self._output_of(node)
+        module = self.gm.get_submodule(str(quantizer.target))
+        assert isinstance(module, FakeQuantize)
+        coding = coding_of(module)
+        attrs = dict(form.attrs)
+        if carrier is not node:
+            attrs["clamp"] = _clamp_codes(clamp_bounds(carrier, self.gm), coding)
+        inputs = [self._codes(i, coding) for i in form.inputs]
+        constants: dict[str, Tensor] = {}
+        if form.kind == "linear":
+            attrs["shape"] = list(free_shape(form.inputs[0]))
+        if form.kind in WEIGHTED:
+            constants = self._weights(node, self.codings[inputs[0]])
+        elif form.kind == "table":
+            attrs["function"] = self._function(node)
+            values = function_values(attrs["function"], self.codings[inputs[0]])
+            constants = {"table": quantize_table(values, coding)}
+        name = self._emit(form.kind, "integer", node, inputs, attrs=attrs, constants=constants, coding=coding)
+        for part in (carrier, quantizer):
+            self.names[part] = name
+            self.done.add(part)
+
+    def _form(self, node: Node) -> IntegerForm:
+        op = operator(node, self.gm)
+        form = integer_form(node, op, self.gm) if op is not None else "no operator"
+        if isinstance(form, str):
+            raise PlanError(f"{display_name(node)}: planned as integer, but {form}")
+        return form
+
+    def _output_of(self, node: Node) -> tuple[Node, Node]:
+        """The node whose output carries the codes (the node or its fused activation), and its quantize step."""
+        for carrier in (node, *node.users):
+            for user in carrier.users:
+                if user.op == "call_module" and isinstance(self.gm.get_submodule(str(user.target)), FakeQuantize):
+                    if carrier is node or len(node.users) == 1:
+                        return carrier, user
+        raise PlanError(f"{display_name(node)}: planned as integer, but nothing quantizes its output")
+
+    def _codes(self, node: Node, output: Coding) -> str:
+        """The codes of an integer operation's input; a constant gets codes of its own."""
+        if node.op == "get_attr":
+            return self._constant_codes(node, output)
+        name = self.names[node]
+        if name not in self.codings:
+            raise PlanError(f"{display_name(node)}: an integer operation reads it, but it has no codes")
+        return name
+
+    def _constant_codes(self, node: Node, output: Coding) -> str:
+        name = f"{node.name}_codes"
+        if name not in self.codings:
+            value = _attribute(self.gm, node).to(torch.float32)
+            scheme = Scheme(output.scheme.format, symmetric=output.scheme.symmetric)
+            coding = constant_coding(value, scheme)
+            codes = quantize(value, coding).to(coding.scheme.spec.code_dtype)
+            self._emit("constant", "integer", node, [], constants={"value": codes}, name=name, coding=coding)
+            self.ops[-1].domain = "boundary"
+        return name
+
+    def _weights(self, node: Node, x: Coding) -> dict[str, Tensor]:
+        """Codes, scales and the int32 bias of a layer, with the proof that its accumulators fit."""
+        layer = str(node.target)
+        q = self.model.qtensors[f"{layer}.weight"]
+        if not q.scheme.spec.integer or int(q.zero_point.abs().max()) != 0 or q.scheme.granularity == "group":
+            raise PlanError(f"{layer}: weights {q.scheme} have no integer kernel; use symmetric int8 per channel or tensor")
+        scale = q.scale if q.scale.numel() > 1 else q.scale.expand(q.shape[0])
+        constants = {"weight": q.codes, "weight_scale": scale.clone()}
+        widest = max(abs(x.scheme.qmin - x.zero_point), abs(x.scheme.qmax - x.zero_point))
+        reach = q.codes.to(torch.int64).abs().flatten(1).sum(1) * int(widest)
+        bias = getattr(self.gm.get_submodule(layer), "bias", None)
+        if bias is not None:
+            unit = (torch.tensor(x.scale, dtype=torch.float32) * scale).double()
+            codes = torch.round(bias.detach().double() / unit)
+            limit = (_INT32 - reach).double()
+            if bool((codes.abs() > limit).any()):
+                worst = int((codes.abs() - limit).argmax())
+                raise PlanError(
+                    f"{layer}: bias of channel {worst} is {bias[worst].item():.4g}, over 32 bits at weight scale "
+                    f"{scale[worst].item():.3g}: its weights are nearly zero; prune the channel or keep the layer float"
+                )
+            constants["bias"] = codes.to(torch.int32)
+        if int(reach.max()) > _INT32:
+            raise PlanError(f"{layer}: the sum of products can reach {int(reach.max())}, over 32 bits: use fewer bits")
+        return constants
+
+    def _function(self, node: Node) -> dict[str, Any]:
+        args = [encode_args(a, {_first(node): 0}) for a in node.args]
+        return {"target": str(node.target), "args": args, "kwargs": dict(node.kwargs)}
+
+    # ---- what is not integer ----------------------------------------------------------------------------------------
+
+    def _codes_pass(self, node: Node) -> bool:
+        return passes_codes(node, self.gm) and self.names.get(_first(node)) in self.codings
+
+    def _shares(self, node: Node) -> None:
+        source = self.names[_first(node)]
+        coding = self.codings[source]
+        op = operator(node, self.gm)
+        factor = rescale_factor(node, self.gm)
+        bounds = clamp_bounds(node, self.gm)
+        if factor is not None:
+            scaled = Coding(coding.scheme, float(np.float32(coding.scale) * np.float32(factor)), coding.zero_point)
+            self._emit("rescale", "shares", node, [source], coding=scaled)
+        elif bounds is not None:
+            self._emit("clip", "integer", node, [source], attrs={"clamp": _clamp_codes(bounds, coding)}, coding=coding)
+        elif op is not None and op.name == "dropout":
+            self.names[node] = source
+        elif op is not None and op.name == "pad":
+            pad = list(node.args[1])  # type: ignore[call-overload]
+            pad += [0] * (2 * len(shape(node)) - len(pad))
+            self._emit("pad", "integer", node, [source], attrs={"pad": pad}, coding=coding)
+        elif node.target is python_operator.getitem:
+            self._emit("getitem", "shares", node, [source], attrs={"index": node.args[1]}, coding=coding)
+        else:
+            self._aten(node, "shares", [source])
+            self.codings[node.name] = coding
+
+    def _reads_dynamic(self, node: Node) -> bool:
+        source = _first(node)
+        return source.op == "call_module" and isinstance(
+            self.gm.get_submodule(str(source.target)), DynamicFakeQuantize
+        )
+
+    def _dynamic(self, node: Node) -> None:
+        form = self._form(node)
+        q = self.model.qtensors[f"{node.target}.weight"]
+        scale = q.scale if q.scale.numel() > 1 else q.scale.expand(q.shape[0])
+        constants = {"weight": q.codes, "weight_scale": scale.clone()}
+        bias = getattr(self.gm.get_submodule(str(node.target)), "bias", None)
+        if bias is not None:
+            constants["bias"] = bias.detach().clone()
+        source = self._float(self.names[_first(node)], _first(node))
+        self._emit(f"dynamic_{form.kind}", "float", node, [source], attrs=dict(form.attrs) | {"shape": list(free_shape(_first(node)))}, constants=constants)
+
+    def _float_op(self, node: Node, module: nn.Module | None) -> None:
+        if node.target is python_operator.getitem:
+            self._emit("getitem", "float", node, [self.names[_first(node)]], attrs={"index": node.args[1]})
+        elif node.target in _SYMBOLIC:
+            inputs, args = self._arguments(node)
+            self._emit("integers", "float", node, inputs, attrs={"target": _SYMBOLIC[node.target], "args": args})
+        elif isinstance(module, DROPOUTS):
+            self.names[node] = self.names[_first(node)]
+        elif module is not None:
+            self._module(node, module)
+        else:
+            self._aten(node, "float", None)
+
+    def _arguments(self, node: Node, shares: list[str] | None = None) -> tuple[list[str], list[Any]]:
+        sources = list(node.all_input_nodes)
+        names = [self._float(self.names[s], s) if i or not shares else shares[0] for i, s in enumerate(sources)]
+        return names, [encode_args(a, {s: i for i, s in enumerate(sources)}) for a in node.args]
+
+    def _aten(self, node: Node, domain: str, shares: list[str] | None) -> None:
+        target = str(node.target)
+        if not target.startswith("aten."):
+            raise ModelError(f"{layer_name(node)}: operator {target} is no torch (aten) operator and cannot be exported")
+        inputs, args = self._arguments(node, shares)
+        table = {s: i for i, s in enumerate(node.all_input_nodes)}
+        kwargs = {k: encode_args(v, table) for k, v in node.kwargs.items()}
+        op = operator(node, self.gm)
+        attrs = {"target": target, "args": args, "kwargs": kwargs, "types": [value_type(s) for s in table],
+                 "type": value_type(node)}  # fmt: skip
+        self._emit(op.name if op else target, domain, node, inputs, attrs=attrs)
+
+    def _module(self, node: Node, module: nn.Module) -> None:
+        inputs, args = self._arguments(node)
+        constants: dict[str, Tensor] = {}
+        schemes, shapes = {}, {}
+        for name, tensor in module.state_dict().items():
+            key = f"{node.target}.{name}"
+            if key in self.model.qtensors:
+                q = self.model.qtensors[key]
+                constants |= {name: q.codes, f"{name}::scale": q.scale, f"{name}::zero_point": q.zero_point}
+                schemes[name], shapes[name] = q.scheme.to_json(), list(q.shape)
+            else:
+                constants[name] = tensor.detach().clone()
+        attrs = {"type": type(module).__name__, "config": config(module), "args": args, "schemes": schemes, "shapes": shapes,
+                 "shape": list(free_shape(_first(node)))}
+        self._emit("module", "float", node, inputs, attrs=attrs, constants=constants)
+
+
+class _Name:
+    """A value's name inside torch's argument tree (torch.fx would not keep a bare string there)."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _plain(structure: Any) -> Any:
+    if isinstance(structure, _Name):
+        return structure.name
+    if isinstance(structure, dict):
+        return {k: _plain(v) for k, v in structure.items()}
+    return [_plain(v) for v in structure]
+
+
+def _first(node: Node) -> Node:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return source
+
+
+def _attribute(gm: GraphModule, node: Node) -> Tensor:
+    value: Any = gm
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value.detach()
+
+
+def free_shape(node: Node) -> tuple[int | None, ...]:
+    """Sizes of a node's output, None where a size is free (the batch, a sequence)."""
+    value = node.meta.get("val")
+    sizes = value.shape if isinstance(value, Tensor) else shape(node)
+    return tuple(s if isinstance(s, int) else None for s in sizes)
+
+
+def value_type(node: Node) -> Any:
+    """What a node's value is, as JSON: ``[dtype, sizes]`` (None for free ones), "int" for a symbolic size, or a list of these."""
+    value = node.meta.get("val")
+    return _type_of(value) if value is not None else [str(node.meta.get("dtype", torch.float32)).removeprefix("torch."), list(free_shape(node))]
+
+
+def _type_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return [str(value.dtype).removeprefix("torch."), [s if isinstance(s, int) else None for s in value.shape]]
+    return [_type_of(v) for v in value] if isinstance(value, list | tuple) else "int"
+
+
+def coding_of(module: FakeQuantize) -> Coding:
+    """The coding that a quantize step stands for."""
+    return Coding(module.scheme, float(module.scale.item()), int(module.zero_point.item()))
+
+
+def constant_coding(value: Tensor, scheme: Scheme) -> Coding:
+    """The coding of a constant that an integer operation reads: its own minimum and maximum."""
+    scale, zero_point = qparams(value.min().reshape(1), value.max().reshape(1), scheme)
+    return Coding(scheme, float(scale), int(zero_point))
+
+
+def _clamp_codes(bounds: tuple[float, float] | None, coding: Coding) -> list[int]:
+    """A float clamp as limits of codes, never outside the format's own."""
+    lo, hi = bounds if bounds is not None else (-float("inf"), float("inf"))
+    limits = []
+    for value, edge in ((lo, coding.scheme.qmin), (hi, coding.scheme.qmax)):
+        code = edge if np.isinf(value) else np.rint(np.float32(value) / np.float32(coding.scale)) + coding.zero_point
+        limits.append(int(min(max(code, coding.scheme.qmin), coding.scheme.qmax)))
+    return limits
+
+
+def function_values(function: dict[str, Any], x: Coding) -> Tensor:
+    """An elementwise function at every value that codes of ``x`` can stand for: float64, one entry a code."""
+    codes = torch.arange(int(x.scheme.qmin), int(x.scheme.qmax) + 1, dtype=torch.float64)
+    inputs = ((codes - x.zero_point).to(torch.float32) * torch.tensor(x.scale, dtype=torch.float32)).double()
+    with torch.no_grad():
+        result = aten(function["target"])(*decode_args(function["args"], [inputs]), **function["kwargs"])
+    assert isinstance(result, Tensor)
+    return result
+
+
+def quantize_table(values: Tensor, out: Coding) -> Tensor:
+    """Codes of a table's float64 values, in the output's storage dtype."""
+    codes = torch.round(values / out.scale) + out.zero_point
+    return codes.clamp(out.scheme.qmin, out.scheme.qmax).to(out.scheme.spec.code_dtype)
+
+
+def config(module: nn.Module) -> dict[str, Any]:
+    """Constructor arguments of a standard layer, as JSON: what its type declares and the module still holds."""
+    names = [p for p in inspect.signature(type(module).__init__).parameters if p not in ("self", "device", "dtype")]
+    if isinstance(module, nn.LSTM | nn.GRU):
+        names = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"]
+    found: dict[str, Any] = {}
+    for name in names:
+        if not hasattr(module, name):
+            continue
+        value = getattr(module, name)
+        if isinstance(value, Tensor) or value is None and name == "bias":
+            value = value is not None
+        found[name] = list(value) if isinstance(value, tuple) else value
+    return {k: v for k, v in found.items() if v is None or isinstance(v, bool | int | float | str | list)}

@@ -1,0 +1,139 @@
+"""Executes an integer program: the semantics of record that every target is compared with."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.errors import ArtifactError, DataError
+from fewbit.model.kernels import KERNELS, accumulate, dequantize, dynamic_quantize, quantize
+from fewbit.model.program import Coding, Op, Program, aten, decode_args
+from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.scheme import Scheme
+
+_DYNAMIC = Scheme("uint8", symmetric=False, dynamic=True)
+MODULES = (
+    "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Linear BatchNorm1d BatchNorm2d BatchNorm3d "
+    "LayerNorm GroupNorm RMSNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d Embedding LSTM GRU Dropout"
+).split()
+_INTEGERS: dict[str, Callable[..., Any]] = {
+    name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg")
+}
+
+
+class Reference:
+    """A program ready to run. Calling it with the model's inputs gives the model's outputs.
+
+    ``run`` also gives every intermediate value; codes are int32 tensors, everything else is float32.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._modules = {op.output: _module(op) for op in program.ops if op.kind == "module"}
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        values = self.run(*inputs)
+        return _fill(self.program.outputs, values)
+
+    @torch.inference_mode()
+    def run(self, *inputs: Tensor) -> dict[str, Any]:
+        """All values by name. Raises ``DataError`` where the number of inputs is not the program's."""
+        if len(inputs) != len(self.program.inputs):
+            raise DataError(f"{len(inputs)} inputs given, the model takes {len(self.program.inputs)}")
+        values: dict[str, Any] = dict(zip(self.program.inputs, inputs, strict=True))
+        for op in self.program.ops:
+            values[op.output] = self.step(op, [values[name] for name in op.inputs])
+        return values
+
+    @torch.inference_mode()
+    def step(self, op: Op, inputs: list[Any]) -> Any:
+        """The output of one operation on the given inputs (codes as int32)."""
+        if op.domain == "integer":
+            codings = [self.program.codings[name] for name in op.inputs]
+            return KERNELS[op.kind](op, inputs, codings, self.program.codings[op.output])
+        if op.kind == "quantize":
+            return quantize(inputs[0], self.program.codings[op.output])
+        if op.kind == "dequantize":
+            return dequantize(inputs[0], self.program.codings[op.inputs[0]])
+        if op.kind == "constant":
+            return op.constants["value"].to(torch.int32 if op.output in self.program.codings else torch.float32)
+        if op.kind.startswith("dynamic_"):
+            return _dynamic(op, inputs[0])
+        if op.kind == "rescale":
+            return inputs[0]
+        if op.kind == "module":
+            return self._modules[op.output](*decode_args(op.attrs["args"], inputs))
+        if op.kind == "getitem":
+            return inputs[0][op.attrs["index"]]
+        if op.kind == "integers":
+            return _INTEGERS[op.attrs["target"]](*decode_args(op.attrs["args"], inputs))
+        return _aten(op, inputs)
+
+
+def _aten(op: Op, inputs: list[Any]) -> Any:
+    # Pooling and padding have no integer kernels in torch; float64 holds every code exactly.
+    if op.domain == "shares":
+        inputs = [i.to(torch.float64) if isinstance(i, Tensor) else i for i in inputs]
+    result = aten(op.attrs["target"])(*decode_args(op.attrs["args"], inputs), **_keywords(op, inputs))
+    if op.domain == "shares":
+        return [r.to(torch.int32) for r in result] if isinstance(result, list | tuple) else result.to(torch.int32)
+    return result
+
+
+def _keywords(op: Op, inputs: list[Any]) -> dict[str, Any]:
+    return {k: v for k, v in ((k, decode_args(v, inputs)) for k, v in op.attrs["kwargs"].items()) if v is not None}
+
+
+def _dynamic(op: Op, x: Tensor) -> Tensor:
+    """A convolution or linear layer whose input is quantized with its own range; float32 in and out.
+
+    ONNX Runtime multiplies the int32 accumulator, as float32, by s_x * s_w and adds the float bias.
+    """
+    codes, (scale, zero_point) = dynamic_quantize(x)
+    kind = op.kind.removeprefix("dynamic_")
+    integer = Op(kind, "integer", op.layer, op.node, [], "", op.attrs, {"weight": op.constants["weight"]})
+    acc = accumulate(integer, codes, Coding(_DYNAMIC, float(scale), zero_point)).to(torch.float32)
+    multiplier = torch.tensor(scale) * op.constants["weight_scale"].to(torch.float32)
+    shape = (-1, *[1] * (acc.dim() - 2)) if kind == "conv" else (-1,)
+    acc = acc * multiplier.reshape(shape)
+    return acc + op.constants["bias"].reshape(shape) if "bias" in op.constants else acc
+
+
+def _module(op: Op) -> nn.Module:
+    """The standard layer that a float operation runs, with its weights as they are stored."""
+    name = op.attrs["type"]
+    if name not in MODULES:
+        raise ArtifactError(f"program: {op.layer}: {name!r} is no standard layer; expected one of {', '.join(MODULES)}")
+    try:
+        module = getattr(nn, name)(**op.attrs["config"])
+        module.load_state_dict(module_state(op))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArtifactError(f"program: {op.layer}: damaged {name} ({error})") from error
+    return module.eval().requires_grad_(False)
+
+
+def module_state(op: Op) -> dict[str, Tensor]:
+    """The float32 state of a layer; ``<name>`` with a ``<name>_scale`` beside it is stored as codes."""
+    state: dict[str, Tensor] = {}
+    for name, tensor in op.constants.items():
+        if name.endswith(("::scale", "::zero_point")):
+            continue
+        scheme = op.attrs.get("schemes", {}).get(name)
+        if scheme is None:
+            state[name] = tensor
+        else:
+            scale, zero_point = op.constants[f"{name}::scale"], op.constants[f"{name}::zero_point"]
+            shape = tuple(op.attrs["shapes"][name])
+            state[name] = QTensor(tensor, scale, zero_point, Scheme.from_json(scheme), shape).dequantize()
+    return state
+
+
+def _fill(structure: Any, values: dict[str, Any]) -> Any:
+    if isinstance(structure, str):
+        return values[structure]
+    if isinstance(structure, dict):
+        return {k: _fill(v, values) for k, v in structure.items()}
+    filled = [_fill(v, values) for v in structure]
+    return tuple(filled)

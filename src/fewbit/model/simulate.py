@@ -1,0 +1,138 @@
+"""The quantized model in PyTorch: the float graph with quantize-dequantize steps where the plan has codes."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fewbit.model.kernels import dynamic_quantize
+from fewbit.numerics.qtensor import QTensor, fake_quantize
+from fewbit.numerics.scheme import Scheme
+from fewbit.plan.plan import Plan
+
+QUANTIZERS = "activation_quantizers"
+
+
+class FakeQuantize(nn.Module):
+    """Rounds a tensor to the values that codes can stand for: float32 in, float32 out, any shape."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, scheme: Scheme, scale: Tensor, zero_point: Tensor) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.register_buffer("scale", scale.detach().clone().to(torch.float32).reshape(1))
+        self.register_buffer("zero_point", zero_point.detach().clone().to(torch.int32).reshape(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.scale, self.zero_point, self.scheme)
+
+    def extra_repr(self) -> str:
+        return f"{self.scheme.format}, scale={self.scale.item():.6g}, zero_point={int(self.zero_point.item())}"
+
+
+class DynamicFakeQuantize(nn.Module):
+    """The same with the range of each tensor that comes: uint8, affine, per tensor (ONNX DynamicQuantizeLinear)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        lo, hi = x.amin().clamp(max=0), x.amax().clamp(min=0)
+        scale = (hi - lo) / 255
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        zero_point = torch.round(-lo / scale).clamp(0, 255)
+        return (torch.clamp(torch.round(x / scale) + zero_point, 0, 255) - zero_point) * scale
+
+
+class QTensors(nn.Module):
+    """The weights' codes by ``<layer>.<parameter>``, as buffers, so that they are saved and moved with the model."""
+
+    def __init__(self, tensors: dict[str, QTensor]) -> None:
+        super().__init__()
+        self._meta = {name: (q.scheme, q.shape) for name, q in tensors.items()}
+        for name, q in tensors.items():
+            for part in ("codes", "scale", "zero_point"):
+                self.register_buffer(f"{_key(name)}:{part}", getattr(q, part))
+
+    def __getitem__(self, name: str) -> QTensor:
+        scheme, shape = self._meta[name]
+        parts = (self._buffers[f"{_key(name)}:{part}"] for part in ("codes", "scale", "zero_point"))
+        codes, scale, zero_point = (p for p in parts if p is not None)
+        return QTensor(codes, scale, zero_point, scheme, shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._meta
+
+    def names(self) -> list[str]:
+        return list(self._meta)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # a buffer's name must not hold a dot
+
+
+class QuantizedModel(nn.Module):
+    """A model that answers as the deployed one will: call it like the float one.
+
+    ``graph`` is the float graph with ``FakeQuantize`` steps; its weights hold exactly what the codes in ``qtensors``
+    stand for. ``plan`` says what every tensor got and why; ``integer`` names the graph's nodes that compute on codes;
+    ``example`` is the input it was read with; ``facts`` what calibration found (ranges, warnings).
+    """
+
+    def __init__(
+        self,
+        graph: GraphModule,
+        plan: Plan,
+        qtensors: dict[str, QTensor],
+        integer: frozenset[str],
+        example: tuple[Tensor, ...],
+        target: str = "onnx",
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.graph = graph
+        self.plan = plan
+        self.qtensors = QTensors(qtensors)
+        self.integer = integer
+        self.example = example
+        self.target = target
+        self.facts = facts or {}
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.graph(*inputs)
+
+    def quantizer(self, node: str) -> FakeQuantize | None:
+        """The quantize-dequantize step after a node, if it has one."""
+        module = getattr(getattr(self.graph, QUANTIZERS, None), node, None)
+        return module if isinstance(module, FakeQuantize) else None
+
+
+def insert_quantizer(gm: GraphModule, node: torch.fx.Node, quantizer: nn.Module) -> torch.fx.Node:
+    """Put a step after ``node``: all its readers see the quantized value. Returns the new node."""
+    target = f"{QUANTIZERS}.{node.name}"
+    gm.add_submodule(target, quantizer)
+    with gm.graph.inserting_after(node):
+        new = gm.graph.call_module(target, (node,))
+    new.name = f"{node.name}_quantized"
+    new.meta = copy.copy(node.meta)
+    for user in list(node.users):
+        if user is not new:
+            user.replace_input_with(node, new)
+    return new
+
+
+def insert_dynamic(gm: GraphModule, node: torch.fx.Node) -> torch.fx.Node:
+    """Put a dynamic step before a convolution or linear layer, seen by that layer alone."""
+    source = node.args[0]
+    assert isinstance(source, torch.fx.Node)
+    target = f"{QUANTIZERS}.{node.name}_input"
+    gm.add_submodule(target, DynamicFakeQuantize())
+    with gm.graph.inserting_before(node):
+        new = gm.graph.call_module(target, (source,))
+    new.meta = copy.copy(source.meta)
+    node.replace_input_with(source, new)
+    return new
+
+
+__all__ = ["DynamicFakeQuantize", "FakeQuantize", "QTensors", "QuantizedModel", "dynamic_quantize"]

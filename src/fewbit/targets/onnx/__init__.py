@@ -1,0 +1,68 @@
+"""ONNX, run by ONNX Runtime: Q/DQ nodes over int8 and int4 initializers, in the patterns its integer kernels take."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fewbit.model.lowering import lower
+from fewbit.model.program import Program
+from fewbit.plan import Row
+from fewbit.targets.onnx.saturation import portable_bounds
+
+REQUANTIZATION = "f32_even"
+
+
+def adapt(row: Row) -> Row:
+    """Signed activations become unsigned of the same width: the same levels, and the only ones with fast x86 kernels."""
+    scheme = row.scheme
+    if scheme is None or row.kind == "weight" or not scheme.spec.integer or scheme.dynamic or scheme.qmin >= 0:
+        return row
+    unsigned = dataclasses.replace(scheme, format=f"u{scheme.format}", narrow=False)
+    because = f"{row.because}; unsigned, as the integer kernels of ONNX Runtime on x86 want it"
+    return dataclasses.replace(row, scheme=unsigned, because=because)
+
+
+def check(row: Row) -> str | None:
+    """None where ONNX Runtime can run the row, else why not and what to do."""
+    scheme = row.scheme
+    if scheme is None:
+        return None
+    if row.kind != "weight" and (not scheme.spec.integer or scheme.spec.bits > 8):
+        return f"{scheme.format} activations have no integer kernel; use 8 bits or fewer, or keep the layer float"
+    return None
+
+
+def write(program: Program, path: Path, metadata: dict[str, str]) -> None:
+    """Write the program to ``path`` (no verification here: ``fewbit.export`` does that)."""
+    import onnx
+
+    from fewbit.targets.onnx.writer import Writer
+
+    onnx.save(Writer(program).model(metadata), str(path))
+
+
+def session(source: Path | bytes, threads: int | None = None, optimized: Path | None = None) -> Any:
+    """An ONNX Runtime session with all graph optimizations on."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return ort.InferenceSession(
+        source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def run(path: Path, inputs: tuple[Tensor, ...]) -> list[np.ndarray]:
+    """The outputs of the file for these inputs."""
+    s = session(path)
+    return s.run(None, {i.name: x.numpy() for i, x in zip(s.get_inputs(), inputs, strict=True)})
+
+
+__all__ = ["REQUANTIZATION", "adapt", "check", "lower", "portable_bounds", "run", "session", "write"]
