@@ -1,4 +1,4 @@
-"""Turns an exported program into the standard form: one walk over its nodes, layers and rewrites looked up in tables."""
+"""Turns an exported program into the standard form: one walk, layers and rewrites looked up in tables."""
 
 from __future__ import annotations
 
@@ -10,31 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_unflatten
 
 from fewbit.errors import ModelError
+from fewbit.model.torch_build import Builder, Constant, module_path
 from fewbit.model.torch_export import Traced
+from fewbit.model.torch_views import SPLITS, Views, is_inplace, write
 
 aten = torch.ops.aten
+TRANSPOSES = (aten.t.default, aten.transpose.int, aten.mT.default, aten.numpy_T.default, aten.permute.default)
 Bound = dict[str, Any]
-
-
-@dataclass(eq=False)
-class Constant:
-    """A value that does not depend on the inputs: the user's tensor (`name`) or one computed from such tensors."""
-
-    value: Any
-    name: str | None
-    node: fx.Node
-    trained: bool
+Rule = Callable[["Converter", fx.Node, Bound], Any]
 
 
 @dataclass(frozen=True)
 class Tables:
     """What becomes of an operator: a layer, another functional operator, or nothing at all."""
 
-    layers: dict[Any, Callable[[Converter, fx.Node, Bound], Any]]
-    rewrites: dict[Any, Callable[[Converter, fx.Node, Bound], Any]]
-    identities: frozenset[Any]
+    layers: dict[Any, Rule]
+    rewrites: dict[Any, Rule]
     dropped: frozenset[Any]
 
 
@@ -49,184 +43,89 @@ def bind(node: fx.Node) -> Bound:
     return bound
 
 
-def module_path(node: fx.Node) -> str:
-    """The user's dotted name of the innermost module that ran this operator, "" for the outermost."""
-    paths = [entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values() if isinstance(entry, tuple)]
-    return str(paths[-1]).split("@")[0] if paths else ""
-
-
-class Converter:
-    """Builds the standard graph of one exported program; `values` maps its nodes to ours or to constants."""
+class Converter(Builder):
+    """Walks one exported program; `values` maps its nodes to ours, to constants or to lists of these."""
 
     def __init__(self, traced: Traced, tables: Tables) -> None:
-        self.source = traced.module
+        super().__init__(traced.module)
         self.program = traced.program
         self.notes = traced.notes
         self.tables = tables
-        self.graph = fx.Graph()
-        self.root = nn.Module()
         self.values: dict[fx.Node, Any] = {}
-        self.layers: dict[Any, str] = {}
-        self.attributes: dict[Any, fx.Node] = {}
-        self.taken: set[str] = set()
-        self.sizes: dict[Any, tuple[fx.Node, int]] = {}
-        self.parameters: dict[int, nn.Parameter] = {}
-        self.same: dict[fx.Node, fx.Node] = {}  # the node whose tensor an in-place operator returned
+        self.views = Views()
+        self._transposed: dict[Any, Constant] = {}
 
     def convert(self) -> fx.GraphModule:
-        """The whole program as a GraphModule; the caller checks it against the source."""
+        """The whole program as a GraphModule in eval mode; the caller checks it against the source."""
         self._inputs()
-        for node in self.program.graph.nodes:
-            if node.op == "call_function":
-                self.set_value(node, self._call(node))
-            elif node.op == "output":
-                self._output(node)
+        self._walk(self.program.graph_module)
         gm = fx.GraphModule(self.root, self.graph, class_name=type(self.source).__name__)
         gm.graph.eliminate_dead_code()
         gm.delete_all_unused_submodules()
         gm.graph.lint()
         gm.recompile()
-        gm.meta["notes"] = list(dict.fromkeys(self.notes))
-        return gm
+        gm.meta["notes"] = self.notes
+        return gm.eval()
 
-    # values -------------------------------------------------------------------------------------------------
+    # values
 
     def get(self, old: Any) -> Any:
-        """Our value for a node of the exported program: a node, a Constant, or a list of them."""
-        return self.values[self.same.get(old, old)]
-
-    def set_value(self, old: fx.Node, value: Any) -> None:
-        self.values[self.same.get(old, old)] = value
+        """Our value for a node of the exported program, with every in-place write so far."""
+        root = self.views.root(old)
+        if root in self.views.stale:
+            self.views.stale.discard(root)
+            if root.args[0].target in SPLITS:
+                self.values[root.args[0]] = self.call(root.args[0])
+            self.values[root] = self.call(root)
+        return self.values[root]
 
     def constant(self, old: Any) -> Constant | None:
         """The constant behind an argument, or None when it depends on the inputs."""
         value = self.get(old) if isinstance(old, fx.Node) else None
         return value if isinstance(value, Constant) else None
 
+    def number(self, old: Any) -> Any:
+        """Like `arg`, but an unnamed scalar tensor (`torch.tensor(2.0)` in forward) is the number it holds."""
+        constant = self.constant(old)
+        if constant and isinstance(constant.value, Tensor) and not (constant.trained or constant.name):
+            if constant.value.dim() == 0:
+                return constant.value.item()
+        return self.arg(old)
+
     def arg(self, old: Any) -> Any:
-        """An argument of the exported program as an argument of ours (constants become get_attr nodes or literals)."""
-        return fx.map_arg(old, lambda node: self.materialise(self.get(node), node))
+        """An argument of the exported program as one of ours; constants become get_attr nodes or numbers."""
+        return fx.map_arg(old, lambda node: self.materialise(self.get(node)))
 
-    def materialise(self, value: Any, like: fx.Node) -> Any:
-        if isinstance(value, Constant):
-            return self._attribute(value)
-        return value
+    def materialise(self, value: Any) -> Any:
+        """A value that can be an argument: constants become get_attr nodes, operators on parameters, or numbers."""
+        if not isinstance(value, Constant):
+            return value
+        if not isinstance(value.value, Tensor):
+            return value.value
+        if value.computed and value.trained and not self.frozen(value):
+            node = value.node
+            return self.emit(node.target, self.arg(node.args), node, self.arg(node.kwargs))
+        return self.attribute(value)
 
-    def _attribute(self, constant: Constant) -> Any:
-        if not isinstance(constant.value, Tensor):
-            return constant.value
-        key = id(constant.value) if constant.name else constant
-        if key not in self.attributes:
-            if constant.trained and constant.name is None:
-                return self.emit(constant.node.target, self.arg(constant.node.args), constant.node,
-                                 self.arg(constant.node.kwargs))  # fmt: skip
-            name = self.unique(constant.name or constant.node.name)
-            self._attach(name, self._own(constant.value))
-            attribute = self.graph.get_attr(name)
-            self._describe(attribute, constant.node, constant.node.meta.get("val"))
-            self.attributes[key] = attribute
-        return self.attributes[key]
+    def frozen(self, constant: Constant) -> bool:
+        """Whether a computed constant is a mere view of one parameter that nothing else reads."""
+        node, steps = constant.node, 0
+        while node.op == "call_function" and len(node.users) == 1 and node in self.views.parent:
+            node, steps = node.args[0], steps + 1  # type: ignore[assignment]
+        return node.op == "placeholder" and len(node.users) == 1 and steps > 0
 
-    def _own(self, tensor: Tensor) -> Tensor:
-        """The parameter itself (of the private copy, so that ties stay ties), or a copy of a buffer."""
-        if not isinstance(tensor, nn.Parameter):
-            return tensor.detach().clone()
-        return self.parameters.setdefault(id(tensor), tensor)
+    def transposed(self, weight: Constant) -> Constant:
+        """A matrix the other way round; the user's own parameter where the model itself transposes it."""
+        source = self.constant(weight.node.args[0]) if weight.computed and weight.node.args else None
+        if source is not None and weight.node.target in TRANSPOSES and source.value.dim() == 2:
+            return source
+        key = id(weight.value) if weight.name else weight
+        if key not in self._transposed:
+            value = weight.value.detach().t().contiguous()
+            self._transposed[key] = Constant(value, None, weight.origin, weight.node, True, computed=True)
+        return self._transposed[key]
 
-    # building -----------------------------------------------------------------------------------------------
-
-    def emit(self, target: Any, args: Any, like: fx.Node, kwargs: Any = None, *, final: bool = True) -> fx.Node:
-        """Append a functional operator that stands for `like` (or, not `final`, for a step towards it)."""
-        node = self.graph.create_node("call_function", target, tuple(args), dict(kwargs or {}), self._name(target, like))
-        if final:
-            self._describe(node, like, like.meta.get("val"))
-        else:
-            fakes = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            self._describe(node, like, target(*fakes[0], **fakes[1]))
-        return node
-
-    def layer(self, like: fx.Node, cls: type[nn.Module], weights: dict[str, Constant | None], inputs: Any,
-              buffers: dict[str, Constant | None] | None = None, **settings: Any) -> fx.Node:  # fmt: skip
-        """Append a call of an `nn` layer that holds these weights; the same weights and settings are the same layer."""
-        present = {k: c for k, c in (weights | (buffers or {})).items() if c is not None}
-        identity = tuple((k, id(c.value) if c.name else id(c)) for k, c in present.items())
-        key = (cls, identity, repr(sorted(settings.items())), module_path(like) if not present else "")
-        if key not in self.layers:
-            module = cls(**settings, **({} if not present else {"device": "meta"}))
-            for name, constant in present.items():
-                value = self._own(constant.value)
-                trainable = name in weights and not isinstance(value, nn.Parameter)
-                setattr(module, name, nn.Parameter(value) if trainable else value)
-            name = self.unique(self.layer_name(like, cls, weights))
-            self._attach(name, module)
-            self.layers[key] = name
-        node = self.graph.call_module(self.layers[key], tuple(inputs))
-        self._describe(node, like, like.meta.get("val"))
-        node.meta["layer"] = self.layers[key]
-        return node
-
-    def layer_name(self, like: fx.Node, cls: type[nn.Module], weights: dict[str, Constant | None]) -> str:
-        """The user's name for a layer: the module that ran it, or the parameter that it owns."""
-        path = module_path(like)
-        here = self.source.get_submodule(path) if path else self.source
-        values = {id(c.value) for c in weights.values() if c is not None and c.name}
-        own = {id(p) for p in here.parameters(recurse=False)}
-        if path and (isinstance(here, cls) or (values and values <= own and "weight" in here._parameters)):
-            return path
-        named = next((name for c in weights.values() if c and (name := self._root_name(c))), None)
-        if named is None:
-            return f"{path}.{cls.__name__.lower()}" if path else cls.__name__.lower()
-        owner, _, attribute = named.split(".parametrizations.")[0].rpartition(".")
-        if attribute == "weight" and owner:
-            return owner
-        stem = attribute.removesuffix("_weight") or attribute
-        return f"{owner}.{stem}" if owner else stem
-
-    def _root_name(self, constant: Constant) -> str | None:
-        if constant.name:
-            return constant.name
-        parents = (self.constant(n) for n in constant.node.all_input_nodes)
-        return next((name for c in parents if c and c.trained and (name := self._root_name(c))), None)
-
-    def unique(self, name: str) -> str:
-        """`name`, or `name_1`, `name_2`, ... if it is taken."""
-        candidate, count = name, 0
-        while candidate in self.taken:
-            count += 1
-            candidate = f"{name}_{count}"
-        self.taken.add(candidate)
-        return candidate
-
-    def _attach(self, name: str, value: Any) -> None:
-        *path, leaf = name.split(".")
-        owner = self.root
-        for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        if isinstance(value, nn.Module):
-            for child, module in (owner._modules.get(leaf) or nn.Module()).named_children():
-                value.add_module(child, module)
-            owner.add_module(leaf, value)
-        elif isinstance(value, nn.Parameter):
-            owner.register_parameter(leaf, value)
-        else:
-            owner.register_buffer(leaf, value)
-
-    def _name(self, target: Any, like: fx.Node) -> str:
-        operation = getattr(getattr(target, "_schema", None), "name", getattr(target, "__name__", "op")).split("::")[-1]
-        path = module_path(like)
-        leaf = path.rsplit(".", 1)[-1].rstrip("0123456789_").lower()
-        stem = path if leaf and leaf in operation else f"{path}.{operation}" if path else operation
-        return stem.replace(".", "_")
-
-    def _describe(self, node: fx.Node, like: fx.Node, value: Any) -> None:
-        node.meta["val"] = value
-        node.meta["layer"] = module_path(like)
-        if isinstance(value, Tensor):
-            node.meta["dtype"] = value.dtype
-
-    # nodes --------------------------------------------------------------------------------------------------
+    # nodes
 
     def _inputs(self) -> None:
         tensors = {**self.program.constants, **self.program.state_dict}
@@ -234,37 +133,77 @@ class Converter:
         for spec in self.program.graph_signature.input_specs:
             node = nodes[spec.arg.name]
             if spec.kind is InputKind.USER_INPUT:
-                ours = self.graph.placeholder(node.name)
-                self._describe(ours, node, node.meta["val"])
-                self.values[node] = ours
-                for dim, size in enumerate(getattr(node.meta["val"], "shape", ())):
-                    if not isinstance(size, int):
-                        self.sizes.setdefault(str(size), (ours, dim))
+                self.values[node] = self.placeholder(node)
             elif spec.target in tensors:
-                value = tensors[spec.target]
-                self.values[node] = Constant(value, spec.target, node, spec.kind is InputKind.PARAMETER)
+                # torch.tensor(...) written in forward has a name that export made up
+                name = None if str(spec.target).startswith("lifted_tensor") else spec.target
+                trained = spec.kind is InputKind.PARAMETER
+                self.values[node] = Constant(tensors[spec.target], name, name, node, trained)
             else:
-                raise ModelError(f"input {spec.arg.name!r} of the exported program is a {spec.kind.name}: "
-                                 "expected tensors, parameters and buffers only")  # fmt: skip
+                raise ModelError(
+                    f"{spec.arg.name!r} is a {spec.kind.name.lower()} of the exported program: expected tensors, "
+                    "parameters and buffers only; pass such objects when the model is built"
+                )
 
-    def _call(self, node: fx.Node) -> Any:
+    def _walk(self, gm: fx.GraphModule) -> Any:
+        """Convert one graph after its placeholders have values; the value of the inner graph's output."""
+        for node in gm.graph.nodes:
+            if node.op == "call_function":
+                self.values[node] = self._region(gm, node) if _is_region(node) else self._step(node)
+            elif node.op == "output" and gm is self.program.graph_module:
+                self.graph.output(self._output(node))
+            elif node.op == "output":
+                return [self.get(value) for value in node.args[0]]  # type: ignore[union-attr]
+        return None
+
+    def _region(self, gm: fx.GraphModule, node: fx.Node) -> Any:
+        """A block under torch.no_grad() or a disabled autocast: its operators, in place."""
+        at = 1 if "set_grad" in str(node.target) else 4
+        if at == 4 and node.args[2]:
+            raise ModelError(
+                f"{module_path(node) or type(self.source).__name__} runs under torch.autocast inside forward: "
+                "expected float32; move the autocast block out of the model"
+            )
+        body = getattr(gm, str(node.args[at].target))  # type: ignore[union-attr]
+        inner = [n for n in body.graph.nodes if n.op == "placeholder"]
+        for placeholder, outer in zip(inner, node.args[at + 1 :], strict=True):
+            self.values[placeholder] = self.get(outer)
+        return self._walk(body)
+
+    def _step(self, node: fx.Node) -> Any:
+        if is_inplace(node.target):
+            constant = self.constant(node.args[0])
+            if constant and constant.name:
+                self.notes.append(
+                    f"forward writes to {constant.name!r}: the graph uses its value from when it was read"
+                )
+            return write(self, node)
+        value = self.call(node)
+        self.views.record(node)
+        return value
+
+    def call_as(self, target: Any, node: fx.Node) -> Any:
+        """`call` with another operator in the place of the node's own."""
+        node.target = target
+        return self.call(node)
+
+    def call(self, node: fx.Node) -> Any:
+        """Our value for one operator: folded, a layer, a canonical form, or the operator as it is."""
         if node.target in self.tables.dropped:
             return None
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise ModelError(
+                f"{module_path(node) or type(self.source).__name__} uses {node.target}, which has no standard form: "
+                "expected plain operators; replace the control flow, or quantize the parts around it"
+            )
         if (folded := self._fold(node)) is not None:
             return folded
-        if node.target is operator.getitem and isinstance(self.get(node.args[0]), list | tuple):
+        if node.target is operator.getitem and isinstance(self.get(node.args[0]), list):
             return self.get(node.args[0])[node.args[1]]
-        if node.target in self.tables.identities and self._keeps_dtype(node):
-            return self.get(node.args[0])
         for table in (self.tables.layers, self.tables.rewrites):
-            if node.target in table:
-                result = table[node.target](self, node, bind(node))
-                if result is not None:
-                    return result
+            if node.target in table and (result := table[node.target](self, node, bind(node))) is not None:
+                return result
         return self.emit(node.target, self.arg(node.args), node, self.arg(node.kwargs))
-
-    def _keeps_dtype(self, node: fx.Node) -> bool:
-        return bool(node.args[0].meta["val"].dtype == node.meta["val"].dtype)  # type: ignore[union-attr]
 
     def _fold(self, node: fx.Node) -> Constant | None:
         """The value of an operator all of whose inputs are constants."""
@@ -276,10 +215,30 @@ class Converter:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.get(n).value)
         with torch.no_grad():
             value = node.target(*args, **kwargs)  # type: ignore[operator]
-        return Constant(value, None, node, any(s.trained for s in sources))
+        origin = next((s.origin for s in sources if s.trained), None)
+        return Constant(value, None, origin, node, any(s.trained for s in sources), computed=True)
 
-    def _output(self, node: fx.Node) -> None:
+    def _output(self, node: fx.Node) -> Any:
         flat = [self.arg(value) for value in node.args[0]]  # type: ignore[union-attr]
         spec = self.program.call_spec.out_spec
-        result = torch.utils._pytree.tree_unflatten(flat, spec) if spec is not None else tuple(flat)
-        self.graph.output(result)
+        result = tree_unflatten(flat, spec) if spec is not None else tuple(flat)
+        try:
+            return fx.node.map_aggregate(_plain(result), lambda value: value)
+        except TypeError:
+            self.notes.append(f"the output is a plain tuple: {type(result).__name__} is no tuple, list or dict")
+            return tuple(flat)
+
+
+def _is_region(node: fx.Node) -> bool:
+    return str(node.target) in ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
+def _plain(value: Any) -> Any:
+    """The same structure, if it is made of tuples, lists and dicts with string keys; TypeError otherwise."""
+    if type(value) in (tuple, list):
+        return type(value)(_plain(v) for v in value)
+    if isinstance(value, dict) and type(value).__name__ in ("dict", "OrderedDict"):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if value is None or isinstance(value, fx.Node | int | float | bool | str):
+        return value
+    raise TypeError(type(value).__name__)

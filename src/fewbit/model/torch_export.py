@@ -128,7 +128,9 @@ def _pinned(program: ExportedProgram, example: Example, shapes: tuple[dict[int, 
 def _free_batch(program: ExportedProgram) -> bool:
     name = program.graph_signature.user_inputs[0]
     value = next(n for n in program.graph.nodes if n.name == name).meta["val"]
-    return value.dim() == 0 or not isinstance(value.shape[0], int)
+    if not value.dim():
+        return True
+    return not isinstance(value.shape[0], int) and value.shape[0].node.maybe_as_int() is None
 
 
 def _export(module: nn.Module, example: Example, shapes: Any) -> ExportedProgram:
