@@ -31,8 +31,7 @@ def search_clipping(loss: Loss, lo: Tensor, hi: Tensor, symmetric: bool) -> tupl
         lo, hi: float64 [C].
     """
     lo, hi = lo.to(torch.float64), hi.to(torch.float64)
-    # A symmetric range is still cut to what was seen: an unsigned format must see that there is nothing below
-    # zero.
+    # A symmetric range is still cut to what was seen: unsigned formats must see that nothing is below zero.
     least_lo, most_hi = lo, hi
     if symmetric:
         hi = torch.maximum(-lo, hi)
