@@ -189,6 +189,12 @@ def test_interrupted_save_leaves_what_was_there(
     assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_a_dynamic_range_needs_no_data_whatever_observer_its_row_names() -> None:
+    row = Row("a", "a", "conv", "activation", (1,), Scheme("int8", dynamic=True), "minmax")
+    assert not Plan((row,)).needs_calibration
+    assert Plan((ROWS[1],)).needs_calibration and not Plan(ROWS[:1]).needs_calibration
+
+
 def test_look_ups() -> None:
     assert PLAN.row("b.output").shared_with == "a.output"
     assert [row.site for row in PLAN.weights()] == ["a.weight"]

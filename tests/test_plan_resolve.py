@@ -96,6 +96,17 @@ def test_sharing_follows_the_chain() -> None:
     )
 
 
+def test_tied_weights_are_one_row_twice() -> None:
+    tied = [
+        Site("a.weight", "a", "linear", "weight", (8, 8)),
+        Site("b.weight", "b", "linear", "weight", (8, 8), "shared with a.weight"),
+    ]
+    rules = (Rule("a", weights="int4", rounding="adaround", weight_observer="mse"),)
+    first, second = resolve(Recipe(rules=rules), tied).rows
+    assert second.scheme == first.scheme == Scheme("int4", "channel", narrow=True)
+    assert (second.observer, second.rounding) == (first.observer, first.rounding) == ("mse", "adaround")
+
+
 @pytest.mark.parametrize(
     ("values", "why"),
     [

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from fewbit.numerics.scheme import Scheme
 from fewbit.observers import __name__ as observers_package
 from fewbit.plan import Plan, Recipe, Site, preset_names, resolve
 from fewbit.registry import Registry
@@ -55,7 +56,9 @@ def test_what_each_preset_is_for() -> None:
     plans = {name: resolve(Recipe.load(name), SITES) for name in preset_names()}
     assert plans["int8"].needs_calibration
     assert not plans["int8-dynamic"].needs_calibration
+    assert plans["int8-dynamic"].row("conv1.output").scheme == Scheme("int8", symmetric=False, dynamic=True)
     assert not plans["int8-weight-only"].needs_calibration
+    assert all(row.scheme is None for row in plans["int8-weight-only"].activations())
     assert all(row.scheme and row.scheme.symmetric for row in plans["tensorrt"].rows)
     assert all(row.scheme and row.scheme.granularity == "tensor" for row in plans["int8-per-tensor"].rows)
     assert all(row.scheme and row.scheme.format == "int4" for row in plans["int4-weights"].weights())

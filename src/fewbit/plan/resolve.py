@@ -73,9 +73,7 @@ def _settings(recipe: Recipe, site: Site) -> _Settings:
         if not (rule.matches(site.layer, site.op) and _relevant(rule, site)):
             continue
         overrides = rule.overrides()
-        if overrides.get("granularity") not in (None, "group"):
-            overrides["group_size"] = None
-        elif "group_size" in overrides:
+        if "group_size" in overrides:
             overrides["granularity"] = "group"
         settings.values |= overrides
         settings.because.append(f"rule {number}: {rule}")
