@@ -1,0 +1,42 @@
+"""Operators that run in float between the integer ones (or move codes about), written as ONNX nodes."""
+
+from typing import Any
+
+from fewbit.errors import TargetError
+from fewbit.model.program import Op, decode_args
+from fewbit.targets.onnx import floats_functions, floats_pooling, floats_products, floats_shapes
+from fewbit.targets.onnx.builder import Builder
+from fewbit.targets.onnx.floats_call import Call, Rule
+from fewbit.targets.onnx.floats_layers import emit_module
+
+RULES: dict[str, Rule] = {
+    **floats_shapes.RULES,
+    **floats_functions.RULES,
+    **floats_products.RULES,
+    **floats_pooling.RULES,
+}
+
+
+def emit_float(builder: Builder, op: Op, inputs: list[Any]) -> Any:
+    """Nodes for a torch operator, a standard layer or a sum of sizes; returns the output's name, or a list of them."""
+    if op.kind == "module":
+        return emit_module(builder, op, inputs)
+    if op.kind == "integers":
+        return _integers(builder, op, inputs)
+    rule = RULES.get(op.attrs["target"])
+    if rule is None:
+        raise TargetError(f"{op.layer}: {op.attrs['target']} cannot be written as ONNX")
+    return rule(Call(builder, op, inputs))
+
+
+def _integers(builder: Builder, op: Op, inputs: list[Any]) -> str:
+    """Arithmetic of sizes, on int64 vectors of one element. ONNX divides towards zero; torch takes the floor."""
+
+    def node(op_type: str, *names: str) -> str:
+        return builder.node(op_type, list(names), op.layer)
+
+    values = decode_args(op.attrs["args"], inputs)
+    names = [builder.ints([v]) if isinstance(v, int) else str(v) for v in values]
+    if op.attrs["target"] == "floordiv":
+        return node("Div", node("Sub", names[0], node("Mod", *names)), names[1])
+    return node({"add": "Add", "sub": "Sub", "mul": "Mul", "mod": "Mod", "neg": "Neg"}[op.attrs["target"]], *names)

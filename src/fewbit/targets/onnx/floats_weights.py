@@ -1,0 +1,138 @@
+"""Weights of float layers in an ONNX file: float32 initializers, or codes with a DequantizeLinear behind them."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewbit.errors import TargetError
+from fewbit.model.program import Op
+from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.scheme import Scheme
+from fewbit.targets.onnx.builder import Builder, int4
+
+
+class Layer:
+    """A standard layer on its way into the file: its arguments as ONNX names, its parameters as initializers."""
+
+    def __init__(self, builder: Builder, op: Op, args: list[Any]) -> None:
+        self.builder, self.op, self.args, self.name = builder, op, args, op.layer
+        self.config: dict[str, Any] = op.attrs["config"]
+        self.x = str(args[0])
+        self.rank = len(op.attrs["shape"])
+
+    def node(self, op_type: str, inputs: list[str], **attrs: Any) -> str:
+        return self.builder.node(op_type, inputs, self.name, **attrs)
+
+    def array(self, name: str) -> np.ndarray:
+        """The float32 values of a parameter, dequantized where it is stored as codes."""
+        tensor = self.op.constants[name]
+        if name not in self.op.attrs.get("schemes", {}):
+            return tensor.numpy()
+        return self._qtensor(name).dequantize().numpy()
+
+    def grouped(self, name: str) -> bool:
+        """Whether a parameter has a scale per group."""
+        return bool(self.op.attrs.get("schemes", {}).get(name, {}).get("granularity") == "group")
+
+    def _qtensor(self, name: str) -> QTensor:
+        c, a = self.op.constants, self.op.attrs
+        scheme = Scheme.from_json(a["schemes"][name])
+        return QTensor(c[name], c[f"{name}::scale"], c[f"{name}::zero_point"], scheme, tuple(a["shapes"][name]))
+
+    def optional(self, name: str) -> list[str]:
+        """The parameter, if the layer has it."""
+        return [self.weight(name)] if name in self.op.constants else []
+
+    def filled(self, name: str, shape: Any, value: float) -> str:
+        """The parameter, or a constant in its place."""
+        if name in self.op.constants:
+            return self.weight(name)
+        return self.builder.constant(np.full(shape, value, np.float32), f"{self.name}.{name}")
+
+    def weight(self, name: str, transposed: bool = False) -> str:
+        """A parameter as a float32 value in the graph; ``transposed`` exchanges the two axes of a matrix."""
+        if name in self.op.attrs.get("schemes", {}):
+            return dequantized(self.builder, self._qtensor(name), f"{self.name}.{name}", transposed)
+        array = self.array(name)
+        return self.builder.constant(np.ascontiguousarray(array.T) if transposed else array, f"{self.name}.{name}")
+
+    def gates(self, name: str, order: list[int]) -> str:
+        """A parameter whose rows are gates, one block after the other, in another order of blocks."""
+        q = self._qtensor(name)
+        rows = torch.arange(q.shape[0]).reshape(len(order), -1)[order].flatten()
+        scale, zero = (v if v.numel() == 1 else v.reshape(q.shape[0], -1)[rows].flatten() for v in (q.scale, q.zero_point))
+        return dequantized(
+            self.builder, replace(q, codes=q.codes[rows], scale=scale, zero_point=zero), f"{self.name}.{name}"
+        )
+
+
+def dequantized(builder: Builder, q: QTensor, name: str, transposed: bool = False) -> str:
+    """A quantized tensor as stored codes and a DequantizeLinear; float32 where its format is no integer.
+
+    Groups lie along the last axis of a matrix [N, K] in the file as ``block_size`` along K. Groups of a tensor with
+    more axes run across several of them, which ONNX cannot say: it is stored as the matrix of its channels, and reshaped.
+    """
+    scheme = q.scheme
+    if not scheme.spec.integer:
+        values = q.dequantize().numpy()
+        return builder.constant(np.ascontiguousarray(values.T) if transposed else values, name)
+    axis = scheme.axis % len(q.shape)
+    codes, scale, zero = q.codes.numpy(), q.scale.numpy(), q.zero_point.numpy()
+    attrs: dict[str, Any] = {}
+    folded: tuple[int, ...] | None = None
+    if scheme.granularity == "tensor":
+        scale, zero = scale.reshape(()), zero.reshape(())
+    elif scheme.granularity == "channel":
+        attrs["axis"] = axis
+    else:
+        if len(q.shape) != 2 or axis != 0:
+            codes = np.moveaxis(codes, axis, 0)
+            folded = codes.shape
+            codes = codes.reshape(folded[0], -1)
+        scale, zero = (v.reshape(codes.shape[0], -1) for v in (scale, zero))
+        attrs |= {"axis": 1, "block_size": int(scheme.group_size or 1)}
+    if transposed and folded is None:
+        codes = codes.T
+        if scheme.granularity == "channel":
+            attrs["axis"] = 1 - axis
+        elif scheme.granularity == "group":
+            scale, zero, attrs["axis"] = scale.T, zero.T, 0
+    result = _stored(builder, scheme, [codes, scale, zero], name, attrs)
+    if folded is not None:
+        result = _unfolded(builder, result, folded, axis, name)
+        if transposed:
+            result = builder.node("Transpose", [result], name, perm=[1, 0])
+    return result
+
+
+def _stored(builder: Builder, scheme: Scheme, parts: list[np.ndarray], name: str, attrs: dict[str, Any]) -> str:
+    codes, scale, zero = (np.ascontiguousarray(p).reshape(p.shape) for p in parts)
+    kind = storage_type(scheme, name)
+    stored = [builder.constant(_coded(codes, kind), name), builder.constant(scale, f"{name}_scale")]
+    if zero.any() or kind == "uint4":
+        stored.append(builder.constant(_coded(zero, kind), f"{name}_zero_point"))
+    return builder.node("DequantizeLinear", stored, name, **attrs)
+
+
+def storage_type(scheme: Scheme, name: str) -> str:
+    """The narrowest ONNX integer type that holds the format's codes."""
+    signed, bits = scheme.qmin < 0, scheme.spec.bits
+    for width in (4, 8, 16):
+        if bits <= width:
+            return f"{'' if signed else 'u'}int{width}"
+    raise TargetError(f"{name}: ONNX has no type for {bits}-bit codes; use at most 16 bits")
+
+
+def _coded(array: np.ndarray, kind: str) -> np.ndarray:
+    return int4(array, kind == "int4") if kind.endswith("int4") else array.astype(kind)
+
+
+def _unfolded(builder: Builder, value: str, shape: tuple[int, ...], axis: int, name: str) -> str:
+    value = builder.node("Reshape", [value, builder.ints(shape)], name)
+    if axis == 0:
+        return value
+    order = list(range(1, len(shape)))
+    order.insert(axis, 0)
+    return builder.node("Transpose", [value], name, perm=order)
