@@ -54,11 +54,15 @@ class _Lowering:
                 self._lower(node)
         output = next(n for n in nodes if n.op == "output")
         outputs = torch.fx.node.map_arg(output.args[0], lambda n: _Name(self._float(self.names[n], n)))
+        leaves: list[Node] = []
+        torch.fx.node.map_arg(output.args[0], leaves.append)
         return Program(
             inputs=[n.name for n in inputs],
             input_shapes=[free_shape(n) for n in inputs],
-            input_dtypes=[str(n.meta.get("dtype", torch.float32)).removeprefix("torch.") for n in inputs],
+            input_dtypes=[_dtype(n) for n in inputs],
             outputs=_plain(outputs),
+            output_shapes=[free_shape(n) for n in leaves],
+            output_dtypes=[_dtype(n) for n in leaves],
             ops=self.ops,
             codings=self.codings,
         )
@@ -317,6 +321,10 @@ def _attribute(gm: GraphModule, node: Node) -> Tensor:
         value = getattr(value, part)
     assert isinstance(value, Tensor)
     return value.detach()
+
+
+def _dtype(node: Node) -> str:
+    return str(node.meta.get("dtype", torch.float32)).removeprefix("torch.")
 
 
 def free_shape(node: Node) -> tuple[int | None, ...]:

@@ -64,6 +64,8 @@ class Program:
     input_shapes: list[tuple[int | None, ...]]
     input_dtypes: list[str]
     outputs: Any
+    output_shapes: list[tuple[int | None, ...]]
+    output_dtypes: list[str]
     ops: list[Op]
     codings: dict[str, Coding]
 
@@ -86,6 +88,8 @@ class Program:
             "input_shapes": [list(s) for s in self.input_shapes],
             "input_dtypes": self.input_dtypes,
             "outputs": self.outputs,
+            "output_shapes": [list(s) for s in self.output_shapes],
+            "output_dtypes": self.output_dtypes,
             "codings": {name: c.to_json() for name, c in self.codings.items()},
             "ops": [
                 {
@@ -128,6 +132,8 @@ class Program:
                 input_shapes=[tuple(s) for s in data["input_shapes"]],
                 input_dtypes=[str(d) for d in data["input_dtypes"]],
                 outputs=data["outputs"],
+                output_shapes=[tuple(s) for s in data["output_shapes"]],
+                output_dtypes=[str(d) for d in data["output_dtypes"]],
                 ops=ops,
                 codings={str(k): Coding.from_json(v) for k, v in data["codings"].items()},
             )

@@ -108,6 +108,17 @@ class QuantizedModel(nn.Module):
         return module if isinstance(module, FakeQuantize) else None
 
 
+def without_quantizers(model: QuantizedModel) -> QuantizedModel:
+    """The same network with the same (dequantized) weights, all in float: what quantization is compared with in speed."""
+    gm = copy.deepcopy(model.graph)
+    for node in list(gm.graph.nodes):
+        if node.op == "call_module" and str(node.target).startswith(f"{QUANTIZERS}."):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+    gm.recompile()
+    return QuantizedModel(gm, Plan(()), {}, frozenset(), model.example, model.target)
+
+
 def insert_quantizer(gm: GraphModule, node: torch.fx.Node, quantizer: nn.Module) -> torch.fx.Node:
     """Put a step after ``node``: all its readers see the quantized value. Returns the new node."""
     target = f"{QUANTIZERS}.{node.name}"

@@ -10,6 +10,7 @@ from torch import Tensor
 from fewbit.model.lowering import lower
 from fewbit.model.program import Program
 from fewbit.plan import Row
+from fewbit.targets.onnx.runtime import session
 from fewbit.targets.onnx.saturation import portable_bounds
 
 REQUANTIZATION = "f32_even"
@@ -42,21 +43,6 @@ def write(program: Program, path: Path, metadata: dict[str, str]) -> None:
     from fewbit.targets.onnx.writer import Writer
 
     onnx.save(Writer(program).model(metadata), str(path))
-
-
-def session(source: Path | bytes, threads: int | None = None, optimized: Path | None = None) -> Any:
-    """An ONNX Runtime session with all graph optimizations on."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    return ort.InferenceSession(
-        source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
-    )
 
 
 def run(path: Path, inputs: tuple[Tensor, ...]) -> list[np.ndarray]:

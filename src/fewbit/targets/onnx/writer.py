@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fewbit.errors import TargetError
 from fewbit.model.program import Coding, Op, Program
-from fewbit.targets.onnx.builder import Builder, int4, onnx_type, value_info
-from fewbit.targets.onnx.floats import emit_float
+from fewbit.targets.onnx.builder import Builder, int4, value_info
 from fewbit.targets.onnx.dynamic import emit_dynamic
+from fewbit.targets.onnx.floats import emit_float
+from fewbit.targets.onnx.probe import METADATA, describe
 
 
 class Writer:
@@ -27,8 +28,10 @@ class Writer:
         self.builder = Builder()
         self.names: dict[str, Any] = {}
         self.views: dict[tuple[str, float, int], str] = {}
+        self.constants: dict[str, str] = {}
 
     def model(self, metadata: dict[str, str]) -> onnx.ModelProto:
+        """The ONNX model; ``metadata`` goes into its properties, beside a description of the program itself."""
         p = self.program
         inputs = []
         for name, dtype, shape in zip(p.inputs, p.input_dtypes, p.input_shapes, strict=True):
@@ -38,10 +41,12 @@ class Writer:
         for op in p.ops:
             self._emit(op)
         infos = []
-        for i, name in enumerate(outputs):
+        for i, (name, dtype, shape) in enumerate(zip(outputs, p.output_dtypes, p.output_shapes, strict=True)):
             final = self.builder.node("Identity", [self.names[name]], name, output=self.builder.unique(_output(i, outputs)))
-            infos.append(onnx.helper.make_tensor_value_info(final, onnx_type("float32"), None))
-        return self.builder.model("fewbit", inputs, infos, metadata)
+            infos.append(value_info(final, dtype, shape))
+        codes = {v: n for v, n in self.names.items() if v in p.codings and isinstance(n, str)}
+        described = {METADATA: describe(p, self.constants, codes)}
+        return self.builder.model("fewbit", inputs, infos, metadata | described)
 
     # ---- operations -------------------------------------------------------------------------------------------------
 
@@ -53,7 +58,7 @@ class Writer:
         elif op.kind == "rescale":
             self.names[op.output] = self.names[op.inputs[0]]
         elif op.kind == "constant":
-            self.names[op.output] = self.builder.constant(_array(op.constants["value"]), op.output)
+            self.names[op.output] = self.stored(op, "value", _array(op.constants["value"]), op.output)
         elif op.kind == "getitem":
             self.names[op.output] = self.names[op.inputs[0]][op.attrs["index"]]
         elif op.kind.startswith("dynamic_"):
@@ -73,6 +78,11 @@ class Writer:
             self.names[op.output] = [self.quantize(r, f"{op.output}_{i}", coding) for i, r in enumerate(result)]
         else:
             self.names[op.output] = self.quantize(result, op.output, coding)
+
+    def stored(self, op: Op, role: str, array: np.ndarray, name: str) -> str:
+        """An initializer, remembered as the constant of an operation, so that the file can be verified later."""
+        self.constants[f"{op.output}.{role}"] = stored = self.builder.constant(array, name)
+        return stored
 
     # ---- codes ------------------------------------------------------------------------------------------------------
 
@@ -118,23 +128,22 @@ class Writer:
         name = f"{op.layer}.weight"
         if codes.dtype not in (np.int8, np.uint8):
             raise TargetError(f"{op.layer}: {codes.dtype} weights have no integer kernel in ONNX Runtime; use int8")
-        packed = self.builder.constant(codes, name) if np.abs(codes).max(initial=0) > 7 else self._packed(codes, name)
+        if np.abs(codes).max(initial=0) > 7:
+            stored = self.stored(op, "weight", codes, name)
+        else:
+            # ONNX Runtime has no 4-bit kernel: it folds this Cast when it loads the file, and then sees int8 weights.
+            packed = self.stored(op, "weight", int4(codes, signed=True), name)
+            stored = self.builder.node("Cast", [packed], name, to=onnx.TensorProto.INT8)
         zeros = self.builder.constant(np.zeros(len(scale), np.int8), "zeros")
-        return self.builder.node(
-            "DequantizeLinear", [packed, self.builder.constant(scale, f"{name}_scale"), zeros], name, axis=axis
-        )
-
-    def _packed(self, codes: np.ndarray, name: str) -> str:
-        # ONNX Runtime has no 4-bit convolution: it folds this Cast when it loads the file, and then sees int8 weights.
-        stored = self.builder.constant(int4(codes, signed=True), name)
-        return self.builder.node("Cast", [stored], name, to=onnx.TensorProto.INT8)
+        scales = self.stored(op, "weight_scale", scale, f"{name}_scale")
+        return self.builder.node("DequantizeLinear", [stored, scales, zeros], name, axis=axis)
 
     def bias(self, op: Op) -> list[str]:
         if "bias" not in op.constants:
             return []
         x = np.float32(self.coding(op.inputs[0]).scale)
         scale = (x * _array(op.constants["weight_scale"])).astype(np.float32)
-        stored = self.builder.constant(_array(op.constants["bias"]), f"{op.layer}.bias")
+        stored = self.stored(op, "bias", _array(op.constants["bias"]), f"{op.layer}.bias")
         scales = self.builder.constant(scale, f"{op.layer}.bias_scale")
         zeros = self.builder.constant(np.zeros(len(scale), np.int32), "zeros")
         return [self.builder.node("DequantizeLinear", [stored, scales, zeros], f"{op.layer}.bias", axis=0)]

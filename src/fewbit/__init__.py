@@ -1,0 +1,38 @@
+"""fewbit makes trained neural networks small and fast, and proves that what was evaluated is what runs."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "quantize": "fewbit.pipeline",
+    "export": "fewbit.deploy",
+    "verify": "fewbit.deploy",
+    "Recipe": "fewbit.plan",
+    "Plan": "fewbit.plan",
+    "Scheme": "fewbit.numerics.scheme",
+    "QTensor": "fewbit.numerics.qtensor",
+    "FewbitError": "fewbit.errors",
+}
+
+if TYPE_CHECKING:
+    from fewbit.errors import FewbitError
+    from fewbit.deploy import export, verify
+    from fewbit.numerics.qtensor import QTensor
+    from fewbit.numerics.scheme import Scheme
+    from fewbit.pipeline import quantize
+    from fewbit.plan import Plan, Recipe
+
+__all__ = ["FewbitError", "Plan", "QTensor", "Recipe", "Scheme", "export", "quantize", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first used, so that ``import fewbit`` costs next to nothing."""
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'fewbit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

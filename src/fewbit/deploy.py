@@ -1,0 +1,182 @@
+"""Writes a model for a runtime, and keeps the file only if the runtime computes what was evaluated."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.errors import ArtifactError, ModelError, TargetError
+from fewbit.evaluate.latency import Latency, latency, ratio
+from fewbit.gate import Verification, check_file, refuse_if_wrong
+from fewbit.model.lowering import lower
+from fewbit.model.program import Program
+from fewbit.model.readers.torch import read
+from fewbit.model.simulate import QuantizedModel, without_quantizers
+from fewbit.plan import Plan
+from fewbit.targets import get_target
+from fewbit.targets.onnx import probe, session
+
+SUFFIXES = {".onnx": "onnx"}
+_SAMPLES = 16
+
+
+@dataclass
+class Artifact:
+    """A file that was written. ``verification`` is None where the user asked for none."""
+
+    path: Path
+    target: str
+    size: int
+    verification: Verification | None = None
+    latency: dict[str, Latency] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "target": self.target,
+            "size": self.size,
+            "verification": self.verification.to_json() if self.verification else None,
+            "latency": {name: value.to_json() for name, value in self.latency.items()},
+            "notes": self.notes,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.target}, {self.size:,} bytes"]
+        lines.append(str(self.verification) if self.verification else "  not verified (on request)")
+        lines += [f"  latency {name}: {value}" for name, value in self.latency.items()]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    target: str | None = None,
+    example: Tensor | tuple[Tensor, ...] | None = None,
+    verify: bool = True,
+    time: bool = True,
+) -> Artifact:
+    """Write ``model`` to ``path``; the target follows from the suffix unless named.
+
+    The file is run in its runtime on ``example`` (by default the inputs the model was read with) and compared with the
+    reference; a file that differs, or that runs no integer kernel, is not kept. ``verify=False`` skips that, and the
+    file says so. ``time=False`` skips comparing its latency with float. A float ``nn.Module`` (with ``example``)
+    is written in float.
+
+    Raises ``TargetError``, ``VerificationError``, or ``ArtifactError`` where the file cannot be written.
+    """
+    path = Path(path)
+    key = target or SUFFIXES.get(path.suffix)
+    if key is None:
+        raise TargetError(f"{path}: no target has the suffix {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
+    runtime = get_target(key)
+    quantized = _as_quantized(model, example)
+    inputs = (example,) if isinstance(example, Tensor) else example or quantized.example
+    inputs = tuple(x[:_SAMPLES] for x in inputs)
+    program = lower(quantized)
+    metadata = _metadata(quantized, verify)
+    with _temporary(path) as temporary:
+        runtime.write(program, temporary, metadata)
+        artifact = Artifact(path, key, temporary.stat().st_size)
+        if verify:
+            codes = probe.read_back(temporary).codes
+            artifact.verification = check_file(temporary, program, codes, inputs)
+            artifact.verification.path = str(path)
+            refuse_if_wrong(artifact.verification, program)
+            if time and quantized.integer:
+                artifact.latency = _time(quantized, temporary, inputs)
+                artifact.notes += _slower(artifact.latency)
+        os.replace(temporary, path)
+    return artifact
+
+
+def verify(path: str | Path, inputs: Tensor | tuple[Tensor, ...] | None = None) -> Verification:
+    """Run an exported file in its own runtime again and compare it with the integer program that it carries.
+
+    ``inputs``: by default random ones that cover the file's input range. Raises ``ArtifactError`` for a damaged file and
+    ``VerificationError`` where it differs.
+    """
+    path = Path(path)
+    described = probe.read_back(path)
+    given = (inputs,) if isinstance(inputs, Tensor) else inputs or random_inputs(described.program)
+    result = check_file(path, described.program, described.codes, given)
+    if json.loads(described.properties.get("fewbit", "{}")).get("verified") is False:
+        result.notes.append("this file was exported with verify=False")
+    refuse_if_wrong(result, described.program)
+    return result
+
+
+def random_inputs(program: Program, samples: int = 8) -> tuple[Tensor, ...]:
+    """Inputs that cover the codes of every input of a program (seeded); token inputs stay below the smallest table."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for name, shape, dtype in zip(program.inputs, program.input_shapes, program.input_dtypes, strict=True):
+        sizes = [samples if i == 0 else s or 16 for i, s in enumerate(shape)]
+        if not dtype.startswith("float"):
+            found.append(torch.zeros(sizes, dtype=getattr(torch, dtype)))
+            continue
+        coding = next((program.codings[op.output] for op in program.ops if op.inputs == [name] and op.kind == "quantize"), None)
+        lo, hi = (-1.0, 1.0)
+        if coding is not None:
+            lo, hi = ((q - coding.zero_point) * coding.scale for q in (coding.scheme.qmin, coding.scheme.qmax))
+        found.append(torch.rand(sizes, generator=generator) * (hi - lo) + lo)
+    return tuple(found)
+
+
+def _as_quantized(model: nn.Module, example: Any) -> QuantizedModel:
+    if isinstance(model, QuantizedModel):
+        return model
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    if example is None:
+        raise ModelError("a float model is exported with an example input: export(model, path, example=x)")
+    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    return QuantizedModel(read(model, inputs).eval(), Plan(()), {}, frozenset(), inputs)
+
+
+def _metadata(model: QuantizedModel, verified: bool) -> dict[str, str]:
+    from fewbit import __version__
+
+    return {"fewbit": json.dumps({"version": __version__, "recipe": model.plan.recipe, "verified": verified})}
+
+
+def _time(model: QuantizedModel, path: Path, inputs: tuple[Tensor, ...]) -> dict[str, Latency]:
+    """Both files, one sample at a time, in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        floating = Path(folder) / "float.onnx"
+        get_target("onnx").write(lower(without_quantizers(model)), floating, {})
+        sessions = {"float": session(floating), "quantized": session(path)}
+        feed = {i.name: x[:1].numpy() for i, x in zip(sessions["float"].get_inputs(), inputs, strict=True)}
+        return latency({name: lambda s=s: s.run(None, feed) for name, s in sessions.items()}, repeat=15, seconds=3.0)
+
+
+def _slower(times: dict[str, Latency]) -> list[str]:
+    r = ratio(times["quantized"], times["float"])
+    if r.median <= 1:
+        return []
+    return [f"quantized is not faster than float here: {r}; small tensors, float layers in between, or a CPU without VNNI"]
+
+
+class _temporary:
+    """A name beside ``path`` that is gone afterwards, whatever happens; a full disk or a missing folder is one clear error."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.with_name(f".{path.name}.{os.getpid()}.part")
+
+    def __enter__(self) -> Path:
+        if not self.path.parent.is_dir():
+            raise ArtifactError(f"{self.path}: the folder {self.path.parent} does not exist; create it first")
+        return self.name
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self.name.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ArtifactError(f"{self.path}: cannot be written ({error.strerror or error})") from error

@@ -1,0 +1,196 @@
+"""The export gate: the written file is run in its own runtime and compared with the reference, layer by layer."""
+
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import VerificationError
+from fewbit.model.program import Op, Program
+from fewbit.model.reference import Reference
+from fewbit.targets.onnx import probe as onnx_probe
+from fewbit.targets.onnx.probe import Kernel
+from fewbit.targets.onnx.saturation import can_saturate
+
+FLOAT_TOLERANCE = 1e-3  # relative, where a network has float operations; each integer layer is exact all the same
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """Codes of one operation: how many the runtime computed differently from the reference, given the same inputs."""
+
+    layer: str
+    kind: str
+    differing: int
+    total: int
+    largest: int
+
+
+@dataclass
+class Verification:
+    """What the gate found. ``str()`` is a table for people, ``to_json()`` the same for machines.
+
+    ``whole_network``: "bit for bit" where every operation is integer; otherwise how the float parts were compared.
+    ``output_differing`` of ``output_total`` numbers differ between the file's outputs and the reference's.
+    """
+
+    path: str
+    runtime: str
+    cpu: str
+    samples: int
+    layers: list[LayerCheck] = field(default_factory=list)
+    kernels: list[Kernel] = field(default_factory=list)
+    whole_network: str = "bit for bit"
+    output_differing: int = 0
+    output_total: int = 0
+    output_error: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def exact(self) -> bool:
+        """Whether no integer differs."""
+        return all(c.differing == 0 for c in self.layers) and (
+            self.output_differing == 0 if self.whole_network == "bit for bit" else self.output_error <= FLOAT_TOLERANCE
+        )
+
+    def covered(self, kind: str) -> tuple[int, int]:
+        """Operations of a kind in integer kernels, and all of that kind."""
+        of_kind = [k for k in self.kernels if k.kind == kind]
+        return sum(k.integer for k in of_kind), len(of_kind)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"exact": self.exact, "coverage": self.coverage_text()}
+
+    def coverage_text(self) -> str:
+        """Such as ``19/19 conv, 1/1 linear in integer kernels``."""
+        kinds = dict.fromkeys(k.kind for k in self.kernels)
+        if not kinds:
+            return "no operation that could be integer"
+        return ", ".join(f"{self.covered(k)[0]}/{self.covered(k)[1]} {k}" for k in kinds) + " in integer kernels"
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.path}: {self.runtime} on {self.cpu}, {self.samples} samples",
+            f"  integer layers: {len(self.layers)} compared with the reference on the runtime's own inputs, "
+            f"{sum(c.differing for c in self.layers)} of {sum(c.total for c in self.layers)} codes differ",
+            f"  whole network ({self.whole_network}): {self.output_differing} of {self.output_total} outputs differ"
+            + (f", largest relative error {self.output_error:.2g}" if self.output_error else ""),
+            f"  coverage: {self.coverage_text()}",
+        ]
+        lines += [f"    {k.layer} ({k.kind}): {k.cause}" for k in self.kernels if not k.integer]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def check_file(path: Path, program: Program, codes: dict[str, str], inputs: tuple[Tensor, ...]) -> Verification:
+    """Run the file and compare it with ``program``: every integer operation on its own, then the whole network."""
+    import onnxruntime
+
+    outputs, seen = onnx_probe.probe(path, inputs, codes)
+    reference = Reference(program)
+    result = Verification(
+        str(path), f"ONNX Runtime {onnxruntime.__version__}", cpu_name(), inputs[0].shape[0] if inputs[0].dim() else 1
+    )
+    given = dict(zip(program.inputs, inputs, strict=True))
+    for op in program.ops:
+        check = _check_op(op, program, reference, seen, given)
+        if check is not None:
+            result.layers.append(check)
+    result.kernels = onnx_probe.coverage(path, program, codes)
+    _compare_outputs(result, program, reference, inputs, [torch.from_numpy(o) for o in outputs])
+    return result
+
+
+def _check_op(
+    op: Op, program: Program, reference: Reference, seen: dict[str, Tensor], given: dict[str, Tensor]
+) -> LayerCheck | None:
+    if op.domain not in ("integer", "shares") and op.kind != "quantize" or op.output not in seen:
+        return None
+    known = seen | given
+    if any(name not in known for name in op.inputs):
+        return None
+    expected = reference.step(op, [known[name] for name in op.inputs])
+    actual = seen[op.output].reshape(expected.shape)
+    difference = (expected.to(torch.int64) - actual.to(torch.int64)).abs()
+    return LayerCheck(
+        op.node, op.kind, int((difference > 0).sum()), difference.numel(), int(difference.max()) if difference.numel() else 0
+    )
+
+
+def _compare_outputs(
+    result: Verification, program: Program, reference: Reference, inputs: tuple[Tensor, ...], actual: list[Tensor]
+) -> None:
+    values = reference.run(*inputs)
+    expected = [values[name] for name in program.output_names()]
+    floats = sorted({op.layer for op in program.ops if op.domain == "float"})
+    if floats:
+        result.whole_network = f"float in {len(floats)} places, such as {floats[0]}; tolerance {FLOAT_TOLERANCE:g}"
+    for e, a in zip(expected, actual, strict=True):
+        a = a.reshape(e.shape)
+        result.output_total += e.numel()
+        result.output_differing += int((e != a).sum())
+        scale = float(e.abs().max()) or 1.0
+        error = float((e.double() - a.double()).abs().max()) / scale if e.numel() else 0.0
+        result.output_error = max(result.output_error, error)
+
+
+def refuse_if_wrong(result: Verification, program: Program) -> None:
+    """Raise ``VerificationError`` that names the first layer that differs, with the likely cause."""
+    wrong = next((c for c in result.layers if c.differing), None)
+    if wrong is not None:
+        raise VerificationError(
+            f"{result.path}: {wrong.layer} ({wrong.kind}) is the first layer that differs from the reference in "
+            f"{result.runtime}: {wrong.differing} of {wrong.total} codes, by up to {wrong.largest}"
+            f"{_cause(wrong, program)}; the file was not kept"
+        )
+    if not result.exact:
+        raise VerificationError(
+            f"{result.path}: every integer layer agrees, but {result.output_differing} of {result.output_total} outputs "
+            f"differ from the reference (largest relative error {result.output_error:.2g}); the file was not kept"
+        )
+    planned = [k for k in result.kernels if k.kind in onnx_probe.INTEGER_KERNELS]
+    if planned and not any(k.integer for k in planned):
+        raise VerificationError(
+            f"{result.path}: no operation runs in an integer kernel of {result.runtime}, so this is no int8 file "
+            f"(first: {planned[0].layer}, {planned[0].cause}); the file was not kept"
+        )
+
+
+def _cause(wrong: LayerCheck, program: Program) -> str:
+    op = next(o for o in program.ops if o.node == wrong.layer)
+    weight = op.constants.get("weight")
+    if weight is not None and can_saturate(weight) and not has_vnni():
+        return (
+            ": this CPU has no VNNI and its kernels saturate sums of two products; quantize with portable=True, or "
+            "verify on the CPU that the file is meant for"
+        )
+    return ""
+
+
+def cpu_flags() -> set[str]:
+    """The CPU's feature flags (Linux; empty elsewhere)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    line = next((x for x in text.splitlines() if x.startswith("flags")), "")
+    return set(line.partition(":")[2].split())
+
+
+def has_vnni() -> bool:
+    """Whether the CPU multiplies 8-bit pairs into 32 bits without saturating (true where it is no x86)."""
+    flags = cpu_flags()
+    return not flags or "avx512_vnni" in flags or "avx_vnni" in flags
+
+
+def cpu_name() -> str:
+    """Such as ``x86_64 with AVX2``: what decides which kernels run."""
+    flags = cpu_flags()
+    best = next((n for f, n in _FEATURES if f in flags), "")
+    return platform.machine() + (f" with {best}" if best else "")
+
+
+_FEATURES = (("avx512_vnni", "AVX512-VNNI"), ("avx_vnni", "AVX-VNNI"), ("avx512f", "AVX512"), ("avx2", "AVX2"))

@@ -1,0 +1,159 @@
+"""Looks into ONNX Runtime: the codes it computes inside a file, and which of its kernels it really chose."""
+
+import base64
+import json
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from google.protobuf.message import DecodeError
+from onnx import helper, numpy_helper
+from torch import Tensor
+
+from fewbit.errors import ArtifactError, TargetError
+from fewbit.model.program import Program
+from fewbit.targets.onnx.runtime import session
+
+METADATA = "fewbit.program"
+_LARGEST_DESCRIPTION = 64 * 2**20
+
+INTEGER_KERNELS = {
+    "conv": {"QLinearConv"},
+    "linear": {"QGemm"},
+    "matmul": {"QLinearMatMul"},
+    "add": {"QLinearAdd"},
+    "mul": {"QLinearMul"},
+    "avg_pool": {"QLinearAveragePool"},
+    "global_avg_pool": {"QLinearGlobalAveragePool"},
+    "concat": {"QLinearConcat"},
+    "softmax": {"QLinearSoftmax"},
+    "dynamic_linear": {"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger"},
+    "dynamic_conv": {"ConvInteger"},
+}
+
+
+def describe(program: Program, constants: dict[str, str], codes: dict[str, str]) -> str:
+    """The program as text for a file's properties; ``constants`` and ``codes`` name the file's own tensors."""
+    data = program.to_json()
+    for op in data["ops"]:
+        op["constants"] = [role for role in op["constants"] if f"{op['output']}.{role}" in constants]
+    text = json.dumps({"program": data, "constants": constants, "codes": codes}, separators=(",", ":"))
+    return base64.b85encode(zlib.compress(text.encode(), 9)).decode()
+
+
+@dataclass
+class Described:
+    """A file that carries its program: what to compare its runtime with."""
+
+    program: Program
+    codes: dict[str, str]
+    properties: dict[str, str]
+
+
+def read_back(path: Path) -> Described:
+    """The program of a file that fewbit wrote, its constants taken from the file's own initializers.
+
+    Raises ``ArtifactError`` for files that are damaged, not ONNX, or not written by fewbit.
+    """
+    model = load(path)
+    properties = {p.key: p.value for p in model.metadata_props}
+    if METADATA not in properties:
+        raise ArtifactError(f"{path}: an ONNX file without fewbit's program; only files that fewbit exported can be verified")
+    try:
+        unpacker = zlib.decompressobj()
+        text = unpacker.decompress(base64.b85decode(properties[METADATA]), _LARGEST_DESCRIPTION)
+        data = json.loads(text)
+        stored = {i.name: i for i in model.graph.initializer}
+        tensors = {
+            key: torch.from_numpy(_plain(numpy_helper.to_array(stored[name]))) for key, name in data["constants"].items()
+        }
+        codes = {str(k): str(v) for k, v in data["codes"].items()}
+        return Described(Program.from_json(data["program"], tensors), codes, properties)
+    except (ValueError, KeyError, TypeError, AttributeError, zlib.error, RecursionError) as error:
+        raise ArtifactError(f"{path}: its program is damaged ({type(error).__name__}: {error})") from error
+
+
+def load(path: Path) -> onnx.ModelProto:
+    """The file as a protobuf, checked. Raises ``ArtifactError`` with the file's name."""
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+        onnx.checker.check_model(model)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: no such file") from error
+    except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
+        raise ArtifactError(f"{path}: not a valid ONNX file ({str(error).splitlines()[0][:200]})") from error
+    return model
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """4-bit arrays as int8."""
+    return array.astype(np.int8) if array.dtype.itemsize == 1 and array.dtype.kind == "V" else array.copy()
+
+
+def probe(path: Path, inputs: tuple[Tensor, ...], codes: dict[str, str]) -> tuple[list[np.ndarray], dict[str, Tensor]]:
+    """The file's outputs, and the codes (int32) of every value in ``codes``, all graph optimizations on."""
+    model = onnx.load(str(path))
+    graph = model.graph
+    produced = {name for node in graph.node for name in node.output}
+    wanted = {value: name for value, name in codes.items() if name in produced}
+    present = {o.name for o in graph.output}
+    for name in dict.fromkeys(wanted.values()):
+        if name not in present:
+            graph.output.append(helper.make_empty_tensor_value_info(name))
+    s = session(model.SerializeToString())
+    names = [o.name for o in s.get_outputs()]
+    feed = {i.name: x.numpy() for i, x in zip(s.get_inputs(), inputs, strict=True)}
+    try:
+        results = dict(zip(names, s.run(None, feed), strict=True))
+    except Exception as error:  # onnxruntime raises its own types, which are not importable by name
+        raise TargetError(f"{path}: ONNX Runtime failed: {str(error).splitlines()[0][:300]}") from error
+    first = len(present)
+    return (
+        [results[n] for n in names[:first]],
+        {value: torch.from_numpy(results[name].astype(np.int32)) for value, name in wanted.items()},
+    )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One operation of the program and whether the runtime computes it on integers."""
+
+    layer: str
+    kind: str
+    integer: bool
+    cause: str = ""
+
+
+def coverage(path: Path, program: Program, codes: dict[str, str]) -> list[Kernel]:
+    """Which operations run in integer kernels, read from the runtime's own optimized graph."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        session(path, optimized=optimized)
+        nodes = list(onnx.load(str(optimized)).graph.node)
+    counts: dict[str, int] = {}
+    for node in nodes:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    kernels = []
+    remaining = {kind: sum(counts.get(t, 0) for t in types) for kind, types in INTEGER_KERNELS.items()}
+    by_weight = {name: node.op_type for node in nodes for name in node.input if name}
+    for op in program.ops:
+        if op.kind in INTEGER_KERNELS:
+            kernels.append(_kernel(op.layer, op.kind, remaining, by_weight))
+        elif op.kind == "table":
+            function = op.attrs["function"]["target"].split(".")[1]
+            kernels.append(Kernel(op.layer, function, False, "no integer kernel for this function; exact all the same"))
+        elif op.kind == "module" and op.attrs["type"].startswith(("Conv", "Linear", "LSTM", "GRU")):
+            kernels.append(Kernel(op.layer, op.attrs["type"], False, op.note or "planned as float"))
+    return kernels
+
+
+def _kernel(layer: str, kind: str, remaining: dict[str, int], by_weight: dict[str, Any]) -> Kernel:
+    if remaining[kind] > 0:
+        remaining[kind] -= 1
+        return Kernel(layer, kind, True)
+    return Kernel(layer, kind, False, "ONNX Runtime did not fuse it")

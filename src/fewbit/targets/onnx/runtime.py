@@ -1,0 +1,28 @@
+"""ONNX Runtime sessions."""
+
+from pathlib import Path
+from typing import Any
+
+from fewbit.errors import MissingExtraError
+
+
+def session(source: Path | bytes, threads: int | None = None, optimized: Path | None = None) -> Any:
+    """An ONNX Runtime session on the CPU with all graph optimizations on.
+
+    ``source``: a file or the bytes of a model. ``threads``: for one operator; by default all cores. ``optimized``:
+    where to write what the runtime made of the graph.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime is not installed: pip install onnxruntime") from error
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return ort.InferenceSession(
+        source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
+    )
