@@ -350,7 +350,7 @@ def test_hostile_and_damaged_files(tmp_path: Path) -> None:
 def test_an_archive_larger_than_memory_is_refused_unopened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros(100_000, dtype=np.float32))
     free = type("Free", (), {"available": 399_999})
