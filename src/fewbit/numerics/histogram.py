@@ -7,7 +7,7 @@ from fewbit.errors import CalibrationError
 
 _MAX_CELLS = 2**24  # counts over all blocks together: 128 MiB
 _FEWEST_BINS = 64
-_CHUNK = 2**18  # numbers binned at a time: temporary arrays stay in the cache and do not grow with the batch
+_CHUNK = 2**17  # numbers binned at a time: temporary arrays stay in the cache and do not grow with the batch
 _FINEST = -126  # exponent of the narrowest bin: its inverse is still a finite float32
 _INDEX_BITS = 23  # a bin's index counted from zero stays below 2**24, so it is exact in float32
 
