@@ -145,7 +145,7 @@ class Recipe:
             raise RecipeError(f"{path}: {error}") from error
 
     def mode(self, layer: str, op: str) -> str:
-        """``"static"``, ``"dynamic"``, ``"weight-only"`` or ``"float"``: how a layer computes, rules considered."""
+        """How a layer computes, after all rules: ``"static"``, ``"dynamic"``, ``"weight-only"`` or ``"float"``."""
         weights, activations = self.weights, self.activations
         for rule in self.rules:
             if rule.matches(layer, op):
