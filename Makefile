@@ -12,16 +12,18 @@ export FEWBIT_DATA ?= $(abspath ../shared/data)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Every program in benchmarks/ but those that train what the repository ships.
+BENCHMARKS ?= $(filter-out benchmarks/train_%,$(shell grep -l __main__ benchmarks/*.py))
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 
 .PHONY: help demo test check bench peers clean
 
 help:
-	@echo "make demo    train-free demonstration: quantize, export, verify and measure a small network"
+	@echo "make demo    the demonstration: quantize, export, verify and measure a small network"
 	@echo "make test    the tests"
 	@echo "make check   formatting, lint, types and the tests"
-	@echo "make bench   every benchmark that prints a figure of the README"
+	@echo "make bench   every benchmark, one after the other (BENCHMARKS=benchmarks/x.py for some)"
 	@echo "make peers   the environment of the tools we are compared with ($(PEERS))"
 
 $(READY): pyproject.toml constraints.txt
@@ -44,7 +46,7 @@ check: $(READY)
 	$(MAKE) --no-print-directory test
 
 bench: $(READY)
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 $(PEERS_READY): benchmarks/peers-requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)

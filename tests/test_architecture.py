@@ -60,7 +60,7 @@ FILES = {module_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
 
 
 def imports(tree: ast.AST, top_level: bool = False) -> Iterator[str]:
-    """Dotted names imported, ``from a import b`` as ``a.b``; ``top_level``: only those that loading imports."""
+    """Dotted names imported, ``from a import b`` as ``a.b``; ``top_level``: those that loading imports."""
     for node in ast.iter_child_nodes(tree):
         if top_level and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
