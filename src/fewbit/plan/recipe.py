@@ -145,7 +145,7 @@ class Recipe:
             raise RecipeError(f"{path}: {error}") from error
 
     def mode(self, layer: str, op: str) -> str:
-        """How a layer computes by the rules: ``"static"``, ``"dynamic"``, ``"weight-only"`` or ``"float"``."""
+        """How a layer computes, by rules: ``"static"``, ``"dynamic"``, ``"weight-only"`` or ``"float"``."""
         weights, activations = self.weights, self.activations
         for rule in self.rules:
             if rule.matches(layer, op):
