@@ -101,7 +101,7 @@ class Builder:
         """A get_attr node for a constant: the user's parameter or buffer, or a buffer of its own."""
         key = id(constant.value) if constant.name else constant
         if key not in self._attributes:
-            name = self._unique(constant.name or constant.origin or constant.node.name)
+            name = self._unique(constant.name or constant.origin or f"constant_{constant.node.name}")
             value = constant.value
             if constant.trained and not isinstance(value, nn.Parameter):
                 value = nn.Parameter(value.clone())
@@ -134,6 +134,9 @@ class Builder:
                 elif not isinstance(value, nn.Parameter):
                     value = nn.Parameter(value.detach().clone())
                 setattr(module, attribute, value)
+            for attribute, buffer in module.named_buffers():
+                if buffer.is_meta:  # a counter that the model does not have
+                    setattr(module, attribute, torch.zeros_like(buffer, device="cpu"))
             self._layers[key] = self._unique(self._layer_name(like, cls, weights))
             self._attach(self._layers[key], module)
         node = self.graph.call_module(self._layers[key], tuple(inputs))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
+import sysconfig
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,7 +60,7 @@ def as_example(example: Any) -> Example:
     for index, item in enumerate(items):
         if not isinstance(item, Tensor):
             raise ModelError(
-                f"example input {index} is a {type(item).__name__}: expected a torch.Tensor; "
+                f"example input {index} is {a(item)}: expected a torch.Tensor; "
                 "wrap the model if its forward takes other arguments"
             )
     return tuple(
@@ -65,12 +68,17 @@ def as_example(example: Any) -> Example:
     )
 
 
-def trace(module: nn.Module, example: Example, dynamic_shapes: Any, notes: list[str]) -> Traced:
-    """Export `module` (already private) with as many free dimensions as it allows; ModelError if it cannot be."""
+def trace(
+    module: nn.Module, example: Example, dynamic_shapes: Any, notes: list[str], images_fixed: bool = False
+) -> Traced:
+    """Export `module` (already private) with as many free dimensions as it allows; ModelError if it cannot be.
+
+    `images_fixed` leaves inputs of four and more dimensions no other freedom than the batch size.
+    """
     if dynamic_shapes is not None:
         return Traced(_export(module, example, dynamic_shapes), module, example, notes)
     doubled = _double_batch(example)
-    attempts = [(doubled, _all_free(doubled)), (doubled, _batch_free(doubled))]
+    attempts = [(doubled, _all_free(doubled, images_fixed)), (doubled, _batch_free(doubled))]
     failure: Exception | None = None
     for inputs, shapes in attempts:
         try:
@@ -101,8 +109,9 @@ def _double_batch(example: Example) -> Example:
     return tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in example)
 
 
-def _all_free(example: Example) -> tuple[dict[int, Any], ...]:
-    return tuple({d: Dim.AUTO for d in range(t.dim())} for t in example)
+def _all_free(example: Example, images_fixed: bool) -> tuple[dict[int, Any], ...]:
+    free = [1 if images_fixed and t.dim() >= 4 else t.dim() for t in example]
+    return tuple(dict.fromkeys(range(dims), Dim.AUTO) for dims in free)
 
 
 def _batch_free(example: Example) -> tuple[dict[int, Any], ...]:
@@ -142,23 +151,36 @@ def _export(module: nn.Module, example: Example, shapes: Any) -> ExportedProgram
 
 
 def _explain(module: nn.Module, error: Exception) -> ModelError:
-    name = type(module).__name__
-    text = str(error)
-    if "data-dependent" in text.lower() or "GuardOnDataDependent" in type(error).__name__:
+    name, where = type(module).__name__, _place(error)
+    if "data-dependent" in str(error).lower() or "GuardOnDataDependent" in type(error).__name__:
         return ModelError(
-            f"{name} branches or shapes on the values of a tensor ({first_line(error)}): expected control flow that "
-            "depends on shapes only; use torch.where or torch.cond, or quantize the part without the branch"
+            f"{name} branches or takes a size from the values of a tensor{where}: expected control flow that depends "
+            "on shapes only; use torch.where, or quantize the parts around it"
         )
     return ModelError(
-        f"{name} cannot be exported ({first_line(error)}): expected a forward that torch.export can trace on the "
-        "example; check the example's shapes and dtypes, and replace code that leaves PyTorch"
+        f"{name} cannot be exported{where} ({first_line(error)}): expected a forward that torch.export can trace; "
+        "replace code that leaves PyTorch, or fix sizes with dynamic_shapes"
     )
 
 
+def _place(error: BaseException) -> str:
+    """Where the user's code was when it failed: the innermost frame that is neither torch's nor ours."""
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*own, "<"))]
+    frames = [f for f in frames if not f.filename.startswith(sysconfig.get_path("stdlib"))]
+    return f" at {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+
+
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an exception's message, without a trailing full stop."""
+    """The first sentence of an exception's message, without its full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".:")
+    return re.split(r"\. |\.$", lines[0])[0].rstrip(":") if lines else type(error).__name__
+
+
+def a(value: object) -> str:
+    """The class of a value with its article: "a list", "an int"."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
 
 
 def _lower_first(text: str) -> str:

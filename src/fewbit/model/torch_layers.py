@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fewbit.model.torch_build import Constant, sizes
 from fewbit.model.torch_convert import Bound, Converter
@@ -103,20 +104,27 @@ def _batch_norm(c: Converter, node: fx.Node, a: Bound) -> Any:
         return None
     weight, bias, mean, var = constants
     owner = _owner(c, mean)
-    counted = isinstance(owner, nn.modules.batchnorm._BatchNorm) and owner.num_batches_tracked is not None
-    buffers = {"running_mean": mean, "running_var": var}
-    if counted:
-        buffers["num_batches_tracked"] = Constant(owner.num_batches_tracked, "num_batches_tracked", None, node, False)
     return c.layer(
-        node, cls, {"weight": weight, "bias": bias}, (c.arg(a["input"]),), buffers,
+        node, cls, {"weight": weight, "bias": bias}, (c.arg(a["input"]),), _statistics(node, owner, mean, var),
         num_features=sizes(a["input"].meta["val"])[1], eps=a["eps"],
-        momentum=owner.momentum if counted else a["momentum"],
+        momentum=a["momentum"] if owner is None else owner.momentum,
         affine=weight is not None, track_running_stats=mean is not None,
     )  # fmt: skip
 
 
-def _owner(c: Converter, constant: Constant | None) -> nn.Module | None:
-    return c.source.get_submodule(constant.name.rpartition(".")[0]) if constant and constant.name else None
+def _owner(c: Converter, mean: Constant | None) -> _NormBase | None:
+    """The user's layer that keeps the running mean: only it knows a momentum of None."""
+    path = mean.name.rpartition(".")[0] if mean and mean.name else None
+    owner = c.source.get_submodule(path) if path else None
+    return owner if isinstance(owner, _NormBase) else None
+
+
+def _statistics(
+    node: fx.Node, owner: _NormBase | None, mean: Constant | None, var: Constant | None
+) -> dict[str, Constant | None]:
+    counter = owner.num_batches_tracked if owner is not None else None
+    counted = Constant(counter, "num_batches_tracked", None, node, False) if counter is not None else None
+    return {"running_mean": mean, "running_var": var, "num_batches_tracked": counted}
 
 
 def _instance_norm(c: Converter, node: fx.Node, a: Bound) -> Any:
@@ -127,9 +135,9 @@ def _instance_norm(c: Converter, node: fx.Node, a: Bound) -> Any:
         return None
     weight, bias, mean, var = constants
     return c.layer(
-        node, cls, {"weight": weight, "bias": bias}, (c.arg(a["input"]),), {"running_mean": mean, "running_var": var},
-        num_features=channels, eps=a["eps"], momentum=a["momentum"], affine=weight is not None,
-        track_running_stats=mean is not None,
+        node, cls, {"weight": weight, "bias": bias}, (c.arg(a["input"]),),
+        _statistics(node, _owner(c, mean), mean, var), num_features=channels, eps=a["eps"],
+        momentum=a["momentum"], affine=weight is not None, track_running_stats=mean is not None,
     )  # fmt: skip
 
 

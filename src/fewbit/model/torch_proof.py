@@ -34,6 +34,18 @@ def prove(gm: fx.GraphModule, source: nn.Module, example: Example, what: str = "
         )
 
 
+def must_run(source: nn.Module, example: Example) -> None:
+    """ModelError, in the module's own words, unless it runs on the example."""
+    try:
+        _outputs(source, example)
+    except Exception as error:
+        shapes = ", ".join(str(list(t.shape)) for t in example)
+        raise ModelError(
+            f"{type(source).__name__} does not run on the example of shape {shapes} ({first_line(error)}): expected "
+            "what its forward takes; give one tensor for each input, with the batch first"
+        ) from error
+
+
 def difference(expected: Any, actual: Any) -> float:
     """Largest absolute difference over the largest expected magnitude; infinite for another shape or type."""
     if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):

@@ -11,9 +11,9 @@ from fewbit.errors import ModelError
 from fewbit.model.graph import refresh
 from fewbit.model.torch_build import sizes
 from fewbit.model.torch_convert import Converter, Tables
-from fewbit.model.torch_export import Example, as_example, private_copy, trace
+from fewbit.model.torch_export import Example, a, as_example, private_copy, trace
 from fewbit.model.torch_layers import LAYERS
-from fewbit.model.torch_proof import prove
+from fewbit.model.torch_proof import must_run, prove
 from fewbit.model.torch_rewrite import DROPPED, REWRITES
 
 TABLES = Tables(LAYERS, REWRITES, DROPPED)
@@ -31,13 +31,16 @@ def read(module: nn.Module, example: Any, *, dynamic_shapes: Any = None) -> fx.G
     compute what the module does on the example (and, with a free batch size, on one more sample).
     """
     if not isinstance(module, nn.Module):
-        raise ModelError(f"the model is {_a(module)}: expected a torch.nn.Module; for a file, load it first")
+        raise ModelError(f"the model is {a(module)}: expected a torch.nn.Module; for a file, load it first")
     inputs = as_example(example)
     notes: list[str] = []
     source = private_copy(module, notes)
     _check_finite(source)
-    traced = trace(source, inputs, dynamic_shapes, notes)
-    gm = Converter(traced, TABLES).convert()
+    must_run(source, inputs)
+    gm = Converter(trace(source, inputs, dynamic_shapes, notes), TABLES).convert()
+    if dynamic_shapes is None and _computes_sizes(gm) and any(t.dim() >= 4 for t in inputs):
+        # free image sizes are not worth arithmetic on sizes in the graph, which few runtimes do well
+        gm = Converter(trace(source, inputs, None, notes, images_fixed=True), TABLES).convert()
     gm.meta["dynamic"] = _dynamic(gm)
     prove(gm, source, inputs)
     if (longer := _one_more(gm, inputs)) is not None:
@@ -46,11 +49,6 @@ def read(module: nn.Module, example: Any, *, dynamic_shapes: Any = None) -> fx.G
     notes += _lost_in_training(module)
     gm.meta["notes"] = list(dict.fromkeys(notes))
     return _in_mode_of(gm, module)
-
-
-def _a(value: object) -> str:
-    name = type(value).__name__
-    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def _check_finite(module: nn.Module) -> None:
@@ -63,6 +61,10 @@ def _check_finite(module: nn.Module) -> None:
                 f"{name} holds {tensor[tuple(index)].item()} at {index}: expected finite numbers; repair or retrain "
                 "that layer first"
             )
+
+
+def _computes_sizes(gm: fx.GraphModule) -> bool:
+    return any(node.target is torch.ops.aten.sym_size.int for node in gm.graph.nodes)
 
 
 def _dynamic(gm: fx.GraphModule) -> dict[str, tuple[int | str, ...]]:
