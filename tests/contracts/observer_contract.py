@@ -97,6 +97,19 @@ def order_does_not_matter_where_promised(module: ModuleType) -> None:
             assert all(map(torch.equal, observe(module, scheme, single).bounds(), whole))
 
 
+def inference_mode_leaves_no_trace(module: ModuleType) -> None:
+    """What was observed in inference mode can be merged and added to outside of it, gradients on."""
+    scheme, data = SCHEMES[0], batches(3)
+    with torch.inference_mode():
+        first, second = observe(module, scheme, data[:1]), observe(module, scheme, data[1:2])
+    first.merge(second)
+    first.update(data[2].requires_grad_())
+    expected = observe(module, scheme, batches(3)).bounds()
+    for one, other in zip(first.bounds(), expected, strict=True):
+        assert not one.requires_grad
+        assert torch.allclose(one, other, rtol=1e-6, atol=0)
+
+
 def memory_is_bounded(module: ModuleType) -> None:
     """What an observer keeps does not grow with what it has seen."""
 
@@ -199,6 +212,7 @@ CONTRACT = [
     extremes_are_true,
     merging_is_one_pass,
     order_does_not_matter_where_promised,
+    inference_mode_leaves_no_trace,
     memory_is_bounded,
     nothing_seen_is_an_error,
     bad_numbers_are_named,

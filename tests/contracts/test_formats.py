@@ -13,6 +13,7 @@ from fewbit.numerics import (
     QTensor,
     Scheme,
     blocks,
+    dynamic_qparams,
     encode,
     fake_quantize,
     format_names,
@@ -46,6 +47,8 @@ def test_formats_are_equal_by_name():
         ("in8", "unknown format 'in8': did you mean 'int8'? available: int8, uint8"),
         ("int17", "format 'int17' has 17 bits: integer formats have 2 to 16 bits, e.g. 'int8'"),
         ("uint1", "format 'uint1' has 1 bits: integer formats have 2 to 16 bits, e.g. 'int8'"),
+        ("int08", "unknown format 'int08': did you mean 'int8'?"),
+        ("int" + "9" * 5000, "unknown format 'int999"),
         ("int8\n", "unknown format 'int8\\n'"),
         (8, "unknown format 8: "),
     ],
@@ -186,6 +189,18 @@ def test_bytes_are_those_of_dense_storage():
     assert QTensor.quantize(x, Scheme("int8")).nbytes == 15 + 4
     assert QTensor.quantize(x, Scheme("int3", "channel")).nbytes == 6 + 3 * 4  # 45 bits
     assert QTensor.quantize(x, Scheme("uint12", "channel", symmetric=False)).nbytes == 23 + 3 * 4 + 3 * 2
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_dynamic_ranges_are_those_of_the_tensor_and_export(scheme):
+    class Dynamic(torch.nn.Module):
+        def forward(self, x):
+            return fake_quantize(x, *dynamic_qparams(x, scheme), scheme)
+
+    x = torch.randn(4, 6, 8)
+    expected = QTensor.quantize(x, scheme).dequantize()
+    assert torch.equal(Dynamic()(x), expected)
+    assert torch.equal(torch.export.export(Dynamic(), (torch.zeros(4, 6, 8),)).module()(x), expected)
 
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)

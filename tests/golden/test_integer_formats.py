@@ -42,6 +42,13 @@ def test_ties_go_to_even(bits):
     assert codes(x, 1.0, 0, f"int{bits}") == [-4, -2, -2, 0, 0, 2, 2, 4]
 
 
+@pytest.mark.parametrize("bits", [b for b in WIDTHS if b >= 4])
+def test_ties_of_normalised_values_go_to_even(bits):
+    v = torch.tensor([-3.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5])
+    assert get_format(f"int{bits}").encode(v).tolist() == [-4, -2, -2, 0, 0, 2, 2, 4]
+    assert get_format(f"uint{bits}").encode(v).tolist() == [0, 0, 0, 0, 0, 2, 2, 4]
+
+
 def test_ties_are_rounded_before_the_zero_point_is_added():
     """With an odd zero point, rounding the sums 2.5, 3.5, 4.5, ... to even would give 2, 4, 4, 6, 6, 8."""
     x = [-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]

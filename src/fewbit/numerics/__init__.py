@@ -2,7 +2,7 @@
 
 from fewbit.numerics.format import Format, format_names, get_format
 from fewbit.numerics.qtensor import QTensor, encode, fake_quantize
-from fewbit.numerics.scheme import Scheme, block_count, blocks, qparams, unblocks
+from fewbit.numerics.scheme import Scheme, block_count, blocks, dynamic_qparams, qparams, unblocks
 
 __all__ = [
     "Format",
@@ -10,6 +10,7 @@ __all__ = [
     "Scheme",
     "block_count",
     "blocks",
+    "dynamic_qparams",
     "encode",
     "fake_quantize",
     "format_names",

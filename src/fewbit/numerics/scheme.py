@@ -171,11 +171,30 @@ def qparams(lo: Tensor, hi: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     Raises:
         FormatError: bounds that are not finite.
     """
-    lo, hi = lo.to(torch.float64), hi.to(torch.float64)
     if not bool((torch.isfinite(lo) & torch.isfinite(hi)).all()):
         raise FormatError(
             "a quantization range is not finite: remove NaN and infinite values from the tensor"
         )
+    return _qparams(lo, hi, scheme)
+
+
+def dynamic_qparams(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each block from the tensor's own extremes, as at run time.
+
+    The same numbers as `qparams` gives, without its check, so that it can be traced by `torch.export`.
+
+    Args:
+        x: float, any shape that the scheme fits, with at least one number.
+
+    Returns:
+        scale float32 [C], zero_point int32 [C].
+    """
+    rows = blocks(x, scheme)
+    return _qparams(rows.amin(dim=1), rows.amax(dim=1), scheme)
+
+
+def _qparams(lo: Tensor, hi: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    lo, hi = lo.to(torch.float64), hi.to(torch.float64)
     lo = lo.clamp(-_LARGEST_BOUND, 0.0)
     hi = hi.clamp(0.0, _LARGEST_BOUND)
     if not scheme.symmetric:

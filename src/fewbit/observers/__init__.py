@@ -35,6 +35,7 @@ class RangeObserver(ABC):
         self._lo: Tensor | None = None
         self._hi: Tensor | None = None
 
+    @torch.inference_mode(False)  # what is kept may be changed later, outside of inference mode
     def update(self, x: Tensor) -> None:
         """Takes one batch into account; a tensor without numbers changes nothing.
 
@@ -49,6 +50,7 @@ class RangeObserver(ABC):
         self._widen(lo, hi)
         self._observe(blocks(x, self.scheme), lo, hi)
 
+    @torch.inference_mode(False)
     def merge(self, other: Self) -> None:
         """Adds all that another observer of the same kind and scheme has seen, as if it came next."""
         if type(other) is not type(self) or other.scheme != self.scheme:
@@ -92,7 +94,7 @@ class RangeObserver(ABC):
 
     @abstractmethod
     def _observe(self, rows: Tensor, lo: Tensor, hi: Tensor) -> None:
-        """One batch as rows [C, n] of any float dtype, and its finite extremes [C], which are already kept."""
+        """One batch as rows [C, n] of any float dtype, and its finite extremes, which are already kept."""
 
     @abstractmethod
     def _absorb(self, other: Self) -> None:

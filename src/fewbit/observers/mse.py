@@ -19,7 +19,7 @@ _CELLS = 2**22  # candidates times bins evaluated at a time
 
 
 class Observer(HistogramObserver):
-    """Saturating range: least sum of count * (x - Q(x))**2 over the histogram; Q is the scheme's quantizer."""
+    """Saturating range: least sum of count * (x - Q(x))**2 over the histogram; Q is the quantizer."""
 
     def _estimate(self) -> tuple[Tensor, Tensor]:
         points, counts = self._points(), self.histogram.nonzero_counts().to(torch.float64)

@@ -8,7 +8,7 @@ from torch import Tensor
 from fewbit.errors import FormatError
 from fewbit.numerics.format import Format
 
-PATTERN = r"(u?)int(\d+)"
+PATTERN = r"(u?)int([1-9][0-9]{0,2})"
 EXAMPLES = tuple(
     f"{sign}int{bits}" for bits in (8, 4, 2, 3, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16) for sign in ("", "u")
 )
