@@ -127,6 +127,8 @@ def test_several_inputs_are_told_from_labels_by_their_number() -> None:
     assert torch.equal(b, a + 1) and target is not None and torch.equal(target, Y)
     ((a, b), target) = as_batches({"q": X, "k": X + 1, "y": Y}, what="test", names=("k", "q")).peek()
     assert torch.equal(a, b + 1) and target is not None
+    ((a, b), target) = as_batches({"x": X, "target": X + 1}, what="test", names=("x", "target")).peek()
+    assert torch.equal(b, a + 1) and target is None
     ((a, b), target) = as_batches(((X, X + 1), Y), what="test", n_inputs=2).peek()
     assert torch.equal(b, a + 1) and target is not None
     with pytest.raises(
@@ -216,6 +218,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
         LIKE,
         "calibration data: input 0 (batch 0) has shape (10, 2, 3), but the model expects (N, 3, 2)",
     ),
+    (X[:, :2], LIKE, "input 0 (batch 0) has shape (10, 2, 2), but the model expects (N, 3, 2)"),
     (
         list(X),
         LIKE,

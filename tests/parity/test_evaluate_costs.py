@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewbit.errors import ModelError
-from fewbit.evaluate.costs import LayerCost, bits_of, bops, macs
+from fewbit.evaluate.costs import LayerCost, activation_bits, bits_of, bops, macs
 from fewbit.evaluate.memory import activation_peak_bytes
 from fewbit.model.graph import refresh
 
@@ -248,9 +248,20 @@ def test_bits_are_those_of_the_codes_that_reach_a_layer() -> None:
     model.integer = {"conv", "integer_linear"}
     scheme = type("Q", (), {"scheme": type("Scheme", (), {"spec": _Format(4)})})
     model.qtensors = Codes({"conv.weight": scheme, "integer_linear.weight": scheme})  # type: ignore[assignment]
+    # The convolution's output is stored as codes, and the flattened ones are the same; the rest is float.
+    assert activation_bits(model) == {
+        "x0": 8,
+        "quantize_x": 8,
+        "conv": 6,
+        "quantize_conv": 6,
+        "flatten_using_ints": 6,
+    }
+    assert activation_peak_bytes(gm, activation_bits(model)).nbytes == 4 * (
+        4 + 4
+    )  # both linear layers' outputs
     bits = bits_of(model)
     assert bits["conv"] == (4, 8) and bits["integer_linear"] == (4, 6) and bits["float_linear"] == (32, 32)
-    assert bits_of(nn.Linear(1, 1)) == {}
+    assert bits_of(nn.Linear(1, 1)) == activation_bits(nn.Linear(1, 1)) == {}
 
 
 def test_a_graph_without_sizes_is_refused() -> None:

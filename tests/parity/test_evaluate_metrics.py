@@ -301,7 +301,7 @@ BAD: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
         PAIR,
         {"baseline": lambda x: x[:, :2]},
         DataError,
-        "the label 2 at position 2, but the model gives 2",
+        "the label 2 at position 2, but the baseline gives 2",
     ),
     (
         echo,

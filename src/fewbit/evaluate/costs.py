@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from fewbit.errors import ModelError
+from fewbit.model.operators import operator
 
 aten = torch.ops.aten
 Bits = Mapping[str, tuple[int, int]]
@@ -117,6 +118,35 @@ def bits_of(model: Any) -> dict[str, tuple[int, int]]:
         if codes:
             bits[layer] = (weight, codes[0])
     return bits
+
+
+def activation_bits(model: Any) -> dict[str, int]:
+    """Bits of each node's output in a quantized model's integer form, by node name; floats are left out.
+
+    A node in front of a quantize-dequantize step, or fused with the activation in front of one, gives
+    codes; so does one that only rearranges codes. An empty dictionary for a model that is not quantized.
+    """
+    gm = getattr(model, "graph", None)
+    if not isinstance(gm, fx.GraphModule) or getattr(model, "qtensors", None) is None:
+        return {}
+    bits: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        found = _quantizer(node, gm)
+        ahead = node
+        while found is None and len(ahead.users) == 1 and (ahead is node or _is_clamp(ahead, gm)):
+            ahead = next(iter(ahead.users))
+            found = _quantizer(ahead, gm)
+        known = operator(node, gm)
+        if found is None and known is not None and known.role == "shares":
+            found = bits.get(node.all_input_nodes[0].name) if node.all_input_nodes else None
+        if found is not None:
+            bits[node.name] = found
+    return bits
+
+
+def _is_clamp(node: fx.Node, gm: fx.GraphModule) -> bool:
+    known = operator(node, gm)
+    return known is not None and known.role == "activation"
 
 
 def _quantizer(node: fx.Node, gm: fx.GraphModule) -> int | None:

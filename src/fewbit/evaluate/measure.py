@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fewbit.errors import ArtifactError, ModelError
-from fewbit.evaluate.costs import Bits, LayerCost, bits_of, bops, macs
+from fewbit.evaluate.costs import Bits, LayerCost, activation_bits, bits_of, bops, macs
 from fewbit.evaluate.energy import RAPL, Energy, energy
 from fewbit.evaluate.forward import eval_mode
 from fewbit.evaluate.latency import Latency, Ratio, latency, ratio
@@ -143,7 +143,7 @@ def measure(
         macs=sum(each.macs for each in layers),
         bops=sum(each.bops for each in bops(layers, own)),
         layers=layers,
-        activations=activation_peak_bytes(graph),
+        activations=activation_peak_bytes(graph, activation_bits(model)),
         candidates=candidates,
     )
 

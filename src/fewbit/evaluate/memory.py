@@ -185,9 +185,12 @@ def activation_peak_bytes(gm: fx.GraphModule, bits: int | Mapping[str, int] = 32
 
 def _is_view(node: fx.Node, gm: fx.GraphModule) -> bool:
     if node.op == "call_module":
-        return isinstance(gm.get_submodule(str(node.target)), (nn.Dropout, nn.Identity, nn.Flatten))
-    # An element of a tuple is a tensor of its own where the tuple's node computes, but its node counts
-    # it already.
+        module = gm.get_submodule(str(node.target))
+        # A quantize-dequantize step of the simulation: an integer runtime stores its source's codes and
+        # nothing else.
+        if type(module).__name__ in ("FakeQuantize", "DynamicFakeQuantize"):
+            return True
+        return isinstance(module, (nn.Dropout, nn.Identity, nn.Flatten))
     return node.op == "call_function" and node.target in _VIEWS
 
 

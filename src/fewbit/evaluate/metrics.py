@@ -112,7 +112,7 @@ def _run(
     settings: Settings,
     progress: Callable[[Iterable[Any], int | None], Iterable[Any]] | None,
 ) -> Report:
-    scorers = [_Scorer(names, settings) for _ in runners]
+    scorers = [_Scorer(names, settings, runner.name) for runner in runners]
     meter = AgreementMeter()
     samples = 0
     for index, (inputs, target) in enumerate(progress(batches, batches.length) if progress else batches):
@@ -139,8 +139,9 @@ class _Metric(Protocol):
 class _Scorer:
     """The wanted metrics of one model; built at the first batch, which tells the number of classes."""
 
-    def __init__(self, names: Sequence[str], settings: Settings) -> None:
+    def __init__(self, names: Sequence[str], settings: Settings, model: str) -> None:
         self.names = names
+        self.model = model
         self.settings = settings
         self.metrics: dict[str, _Metric] = {}
         self.classes: int | None = None
@@ -149,14 +150,14 @@ class _Scorer:
         of_values = [name for name in self.names if name == "mse"]
         of_classes = [name for name in self.names if name != "mse"]
         if of_values:
-            values, wanted = _values(output, target, batch)
+            values, wanted = _values(output, target, batch, self.model)
             self._metric("mse", 0).update(values, wanted)
         if of_classes:
-            scores, labels = _scores(output, target, batch, self.settings.threshold)
+            scores, labels = _scores(output, target, batch, self.settings.threshold, self.model)
             self.classes = self.classes or scores.shape[1]
             if scores.shape[1] != self.classes:
                 raise DataError(
-                    f"the model gives {scores.shape[1]} classes for batch {batch}, and {self.classes} before"
+                    f"{self.model} gives {scores.shape[1]} classes for batch {batch}, after {self.classes}"
                 )
             if len(labels):
                 for name in of_classes:
@@ -260,7 +261,9 @@ def _class_axis(output: Tensor, target: Tensor | None) -> int | None:
     return last if output.ndim <= 3 else second
 
 
-def _scores(output: Tensor, target: Tensor, batch: int, threshold: float) -> tuple[Tensor, Tensor]:
+def _scores(
+    output: Tensor, target: Tensor, batch: int, threshold: float, model: str
+) -> tuple[Tensor, Tensor]:
     """Scores [M, classes] and labels [M] of one batch, skipped labels left out; raises DataError."""
     where = f"test data: batch {batch} has labels of shape {tuple(target.shape)}"
     if target.is_floating_point():
@@ -284,25 +287,25 @@ def _scores(output: Tensor, target: Tensor, batch: int, threshold: float) -> tup
             ": one-hot labels must become class numbers, y.argmax(1)" if target.shape == output.shape else ""
         )
         raise DataError(
-            f"{where}, but the model's output of shape {tuple(output.shape)} needs {expected}{hint}"
+            f"{where}, but {model}'s output of shape {tuple(output.shape)} needs {expected}{hint}"
         )
     labels = target.reshape(-1).long()
     wrong = ((labels < 0) | (labels >= scores.shape[1])) & (labels != IGNORED)
     if wrong.any():
         at = int(wrong.nonzero()[0])
         raise DataError(
-            f"test data: batch {batch} has the label {int(labels[at])} at position {at}, but the model gives "
+            f"test data: batch {batch} has the label {int(labels[at])} at position {at}, but {model} gives "
             f"{scores.shape[1]} classes (0..{scores.shape[1] - 1})"
         )
     kept = labels != IGNORED
     return scores[kept], labels[kept]
 
 
-def _values(output: Tensor, target: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def _values(output: Tensor, target: Tensor, batch: int, model: str) -> tuple[Tensor, Tensor]:
     """Outputs and wanted values of one shape, float64; raises DataError."""
     if output.shape != target.shape and output.squeeze(-1).shape != target.shape:
         raise DataError(
-            f"test data: batch {batch} has targets of shape {tuple(target.shape)}, but the model's output "
+            f"test data: batch {batch} has targets of shape {tuple(target.shape)}, but {model}'s output "
             f"has shape {tuple(output.shape)}: the mean squared error needs one target for each output"
         )
     return output.reshape(target.shape).double(), target.double()
