@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from fewbit.errors import TargetError
 from fewbit.model.program import Op, decode_args
 from fewbit.targets.onnx import floats_functions, floats_pooling, floats_products, floats_shapes
 from fewbit.targets.onnx.builder import Builder
@@ -23,10 +22,13 @@ def emit_float(builder: Builder, op: Op, inputs: list[Any]) -> Any:
         return emit_module(builder, op, inputs)
     if op.kind == "integers":
         return _integers(builder, op, inputs)
-    rule = RULES.get(op.attrs["target"])
-    if rule is None:
-        raise TargetError(f"{op.layer}: {op.attrs['target']} cannot be written as ONNX")
-    return rule(Call(builder, op, inputs))
+    call = Call(builder, op, inputs)
+    rule = RULES.get(call.target)
+    if rule is not None:
+        return rule(call)
+    from fewbit.targets.onnx.floats_fallback import emit_alone  # loads torch's exporter, which takes its time
+
+    return emit_alone(call)
 
 
 def _integers(builder: Builder, op: Op, inputs: list[Any]) -> str:

@@ -129,6 +129,29 @@ class Call:
         axis = self.axis(axis, value)
         return Value(self.node("Shape", [value], start=axis, end=axis + 1), "int64", (1,), size=True)
 
+    def sum(self, a: Any, b: Any) -> Any:
+        """Sizes added: a number where both are, else a value."""
+        return a + b if isinstance(a, int) and isinstance(b, int) else self._arithmetic("Add", a, b)
+
+    def difference(self, a: Any, b: Any) -> Any:
+        return a - b if isinstance(a, int) and isinstance(b, int) else self._arithmetic("Sub", a, b)
+
+    def product(self, a: Any, b: Any) -> Any:
+        return a * b if isinstance(a, int) and isinstance(b, int) else self._arithmetic("Mul", a, b)
+
+    def quotient(self, a: Any, b: int) -> Any:
+        """The floor of a size that is not negative, divided by a positive number."""
+        return a // b if isinstance(a, int) else self._arithmetic("Div", a, b)
+
+    def largest(self, a: Any, b: Any) -> Any:
+        return max(a, b) if isinstance(a, int) and isinstance(b, int) else self._arithmetic("Max", a, b)
+
+    def smallest(self, a: Any, b: Any) -> Any:
+        return min(a, b) if isinstance(a, int) and isinstance(b, int) else self._arithmetic("Min", a, b)
+
+    def _arithmetic(self, op_type: str, a: Any, b: Any) -> Value:
+        return Value(self.node(op_type, [self.vector([a]), self.vector([b])]), "int64", (1,), size=True)
+
     def reshape(self, value: Any, sizes: list[Any]) -> str:
         """The same numbers in another shape; among the sizes at most one -1."""
         free = [i for i, s in enumerate(sizes) if isinstance(s, Value)]

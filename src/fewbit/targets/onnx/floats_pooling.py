@@ -5,9 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
-from fewbit.targets.onnx.floats_call import END, Call, Rule, Value
+from fewbit.targets.onnx.floats_call import END, TYPES, Call, Rule, Value
 
 
 def _per_dim(value: Any, dims: int) -> list[int]:
@@ -30,31 +29,25 @@ def _window(c: Call, dims: int) -> dict[str, list[int]]:
             "dilation": dilation, "reach": [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]}  # fmt: skip
 
 
-def _ceiling(c: Call, dims: int, w: dict[str, list[int]]) -> tuple[list[int], list[int]] | None:
-    """Output sizes in torch's ceil mode, and what must be padded at the end to get them; None where a size is free."""
-    sizes = c.known(c["self"], range(-dims, 0))
-    if sizes is None:
-        return None
-    outputs, extra = [], []
-    for size, reach, stride, pad in zip(sizes, w["reach"], w["stride"], w["padding"], strict=True):
-        count = -(-(size + 2 * pad - reach) // stride) + 1
-        if (count - 1) * stride >= size + pad:  # torch drops a window that begins behind the input
-            count -= 1
-        outputs.append(count)
-        extra.append(max((count - 1) * stride + reach - size - pad, pad))
-    return outputs, extra
+def _overhang(c: Call, dims: int, w: dict[str, list[int]]) -> list[Any]:
+    """What must be padded at each axis' end to get torch's ceil mode: it drops windows that begin behind the input."""
+    extra = []
+    for i, (reach, stride, pad) in enumerate(zip(w["reach"], w["stride"], w["padding"], strict=True)):
+        size = c.size(c["self"], i - dims)
+        steps = c.quotient(c.sum(size, 2 * pad - reach + stride - 1), stride)  # to the last window's begin
+        steps = c.smallest(steps, c.quotient(c.sum(size, pad - 1), stride))
+        extra.append(c.largest(c.difference(c.sum(c.product(steps, stride), reach - pad), size), pad))
+    return extra
 
 
 def _max_pool(dims: int) -> Rule:
     def rule(c: Call) -> str:
         w = _window(c, dims)
-        begins, ends, mode = w["padding"], w["padding"], int(c["ceil_mode"])
-        if mode and (found := _ceiling(c, dims, w)) is not None:
-            ends, mode = found[1], 0
+        ends: list[Any] = _overhang(c, dims, w) if c["ceil_mode"] else w["padding"]
+        free = not all(isinstance(e, int) for e in ends)
         attrs = {"kernel_shape": w["kernel"], "strides": w["stride"], "dilations": w["dilation"]}
-        return _with_batch(
-            c, dims, lambda x: c.node("MaxPool", [x], pads=[*begins, *ends], ceil_mode=mode, **attrs)
-        )  # fmt: skip
+        attrs["pads"] = [*w["padding"], *(w["padding"] if free else ends)]
+        return _with_batch(c, dims, lambda x: c.node("MaxPool", [x], ceil_mode=int(free), **attrs))
 
     return rule
 
@@ -62,40 +55,38 @@ def _max_pool(dims: int) -> Rule:
 def _avg_pool(dims: int) -> Rule:
     def rule(c: Call) -> str:
         w = _window(c, dims)
-        ceil, divisor = int(c["ceil_mode"]), c.get("divisor_override")
         attrs = {"kernel_shape": w["kernel"], "strides": w["stride"]}
-        found = _ceiling(c, dims, w) if ceil else None
-        if found is not None:
-            return _with_batch(c, dims, lambda x: _weighted(c, dims, w, x, found[1]))
-        include = int(c["count_include_pad"])
+        divisor, include = c.get("divisor_override"), int(c["count_include_pad"])
+        if c["ceil_mode"]:
+            return _with_batch(c, dims, lambda x: _weighted(c, dims, w, x))
+        attrs["pads"] = w["padding"] * 2
         if divisor is None:
-            return _with_batch(
-                c, dims, lambda x: c.node("AveragePool", [x], pads=w["padding"] * 2, count_include_pad=include,
-                                          ceil_mode=ceil, **attrs)
-            )  # fmt: skip
+            return _with_batch(c, dims, lambda x: c.node("AveragePool", [x], count_include_pad=include, **attrs))
         factor = c.constant(math.prod(w["kernel"]) / divisor)
         return _with_batch(
-            c, dims, lambda x: c.node("Mul", [
-                c.node("AveragePool", [x], pads=w["padding"] * 2, count_include_pad=1, ceil_mode=ceil, **attrs), factor])
-        )  # fmt: skip
+            c, dims, lambda x: c.node("Mul", [c.node("AveragePool", [x], count_include_pad=1, **attrs), factor])
+        )
 
     return rule
 
 
-def _weighted(c: Call, dims: int, w: dict[str, list[int]], x: str, extra: list[int]) -> str:
-    """Means over zero-padded windows, times what each window's own divisor makes of them (known when writing)."""
-    axes = list(range(2, dims + 2))
-    if any(w["padding"] + extra):
-        x = c.node("Pad", [x, c.vector(w["padding"] + extra), c.constant(0.0), c.vector(axes)])
-    mean = c.node("AveragePool", [x], kernel_shape=w["kernel"], strides=w["stride"])
-    sizes = c.known(c["self"], range(-dims, 0)) or []
-    ones = torch.ones(1, 1, *sizes)
-    pool = {1: torch.nn.functional.avg_pool1d, 2: torch.nn.functional.avg_pool2d, 3: torch.nn.functional.avg_pool3d}[dims]
-    options = {"divisor_override": c["divisor_override"]} if c.get("divisor_override") is not None else {}
-    torchs = pool(ones, w["kernel"], w["stride"], w["padding"], True, c["count_include_pad"], **options)
-    padded = torch.nn.functional.pad(ones, [p for pair in zip(w["padding"][::-1], extra[::-1], strict=True) for p in pair])
-    ours = pool(padded, w["kernel"], w["stride"])
-    return c.node("Mul", [mean, c.constant((torchs / ours).numpy())])
+def _weighted(c: Call, dims: int, w: dict[str, list[int]], x: str) -> str:
+    """Means over zero-padded windows, divided by the share of each window that counts."""
+    axes, begins, extra = c.vector(range(2, dims + 2)), w["padding"], _overhang(c, dims, w)
+    attrs = {"kernel_shape": w["kernel"], "strides": w["stride"]}
+
+    def padded(value: str, first: list[Any], last: list[Any]) -> str:
+        return c.node("Pad", [value, c.vector([*first, *last]), c.constant(0.0), axes])
+
+    mean = c.node("AveragePool", [padded(x, begins, extra)], **attrs)
+    if c.get("divisor_override") is not None:
+        return c.node("Mul", [mean, c.constant(math.prod(w["kernel"]) / c["divisor_override"])])
+    sizes = [c.size(c["self"], i - dims) for i in range(dims)]
+    if c["count_include_pad"]:
+        sizes = [c.sum(s, 2 * p) for s, p in zip(sizes, begins, strict=True)]
+        begins, extra = [0] * dims, [c.difference(e, p) for e, p in zip(extra, w["padding"], strict=True)]
+    ones = c.node("Expand", [c.constant(1.0), c.vector([1, 1, *sizes])])
+    return c.node("Div", [mean, c.node("AveragePool", [padded(ones, begins, extra)], **attrs)])
 
 
 def _adaptive(dims: int, name: str, several: bool = False) -> Rule:
@@ -111,24 +102,23 @@ def _adaptive_body(c: Call, dims: int, name: str, wanted: list[int | None], x: s
     axes = list(range(2, dims + 2))
     if all(w == 1 for w in wanted):
         return c.node(f"Reduce{name}", [x, c.vector(axes)], keepdims=1)
-    sizes = c.known(c["self"], range(-dims, 0))
-    if sizes is None:
-        raise c.error(f"output size {wanted} of an input whose own size is free")
+    sizes = [c.size(c["self"], i - dims) for i in range(dims)]
     goals = [s if w is None else w for s, w in zip(sizes, wanted, strict=True)]
-    if all(s % g == 0 for s, g in zip(sizes, goals, strict=True)):
+    if all(isinstance(s, int) and s % g == 0 for s, g in zip(sizes, goals, strict=True)):
         kernel = [s // g for s, g in zip(sizes, goals, strict=True)]
         return c.node("MaxPool" if name == "Max" else "AveragePool", [x], kernel_shape=kernel, strides=kernel)
     # windows of unequal sizes, but each axis by itself: a mean of means over a rectangle is its mean
-    for axis, size, goal in zip(axes, sizes, goals, strict=True):
-        if size != goal:
+    for axis, size, goal in zip(axes, sizes, wanted, strict=True):
+        if goal is not None and size != goal:
             x = _uneven(c, x, axis, size, goal, name)
     return x
 
 
-def _uneven(c: Call, x: str, axis: int, size: int, goal: int, name: str) -> str:
+def _uneven(c: Call, x: str, axis: int, size: Any, goal: int, name: str) -> str:
     along, parts = c.vector([axis]), []
     for i in range(goal):
-        begin, end = i * size // goal, -(-(i + 1) * size // goal)
+        begin = c.quotient(c.product(size, i), goal)
+        end = c.quotient(c.sum(c.product(size, i + 1), goal - 1), goal)
         part = c.node("Slice", [x, c.vector([begin]), c.vector([end]), along])
         parts.append(c.node(f"Reduce{name}", [part, along], keepdims=1))
     return c.node("Concat", parts, axis=axis)
@@ -161,27 +151,43 @@ def _wrapped(c: Call, x: str, axes: list[int], begins: list[int], ends: list[int
 
 
 def _nearest(dims: int) -> Rule:
-    """Whole factors are a Resize; others are gathered by the very indices that torch takes, where sizes are known."""
+    """Whole factors are a Resize; others gather by the very indices that torch takes."""
 
     def rule(c: Call) -> str:
         x = c["input"]
         factors = c.get("scale_factors")
         if factors and all(float(f).is_integer() for f in factors):
-            scales = c.constant([1.0, 1.0, *factors])
-            return c.node("Resize", [x, "", scales], mode="nearest", **_FLOOR)
-        sizes = c.known(x, range(-dims, 0))
-        if sizes is None:
-            inputs = [x, *_goal(c, x, dims)]
-            return c.node("Resize", inputs, mode="nearest", **_FLOOR)
+            return c.node("Resize", [x, "", c.constant([1.0, 1.0, *factors])], mode="nearest", **_FLOOR)
         name = x.name
         for i in range(dims):
-            goal = c["output_size"][i] if c["output_size"] is not None else math.floor(sizes[i] * factors[i])
-            step = np.float32(1 / factors[i]) if factors else np.float32(sizes[i]) / np.float32(goal)
-            chosen = np.minimum(np.floor(np.arange(goal, dtype=np.float32) * step), sizes[i] - 1)
-            name = c.node("Gather", [name, c.constant(chosen, "int64")], axis=i + 2)
+            goal = None if factors else c["output_size"][i]
+            indices = _chosen(c, c.size(x, i + 2), goal, factors[i] if factors else None)
+            name = c.node("Gather", [name, indices], axis=i + 2)
         return name
 
     return rule
+
+
+def _chosen(c: Call, size: Any, goal: Any, factor: float | None) -> str:
+    """Indices of the nearest neighbours along an axis: the floor of a float32 product."""
+    if isinstance(size, int) and not isinstance(goal, Value):
+        count = goal if factor is None else math.floor(size * factor)
+        step = np.float32(size) / np.float32(count) if factor is None else np.float32(1 / factor)
+        chosen = np.minimum(np.floor(np.arange(count, dtype=np.float32) * step), size - 1)
+        return c.constant(chosen, "int64")
+    length = c.node("Cast", [c.vector([size])], to=TYPES["float64"])
+    if factor is not None:
+        floor = c.node("Floor", [c.node("Mul", [length, c.constant([factor], "float64")])])
+        goal = Value(c.node("Cast", [floor], to=TYPES["int64"]), "int64", (1,), size=True)
+        step = c.constant(1 / factor)
+    else:
+        sides = [c.node("Cast", [c.vector([v])], to=TYPES["float32"]) for v in (size, goal)]
+        step = c.node("Div", sides)
+    end = c.node("Squeeze", [c.vector([goal])])
+    places = c.node("Range", [c.constant(0, "int64"), end, c.constant(1, "int64")])
+    floor = c.node("Floor", [c.node("Mul", [c.node("Cast", [places], to=TYPES["float32"]), step])])
+    found = c.node("Cast", [floor], to=TYPES["int64"])
+    return c.node("Min", [found, c.vector([c.difference(size, 1)])])
 
 
 _FLOOR = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
@@ -199,7 +205,7 @@ def _linear(dims: int, mode: str, antialias: bool = False) -> Rule:
         x = c["input"]
         where = "align_corners" if c["align_corners"] else "half_pixel"
         attrs: dict[str, Any] = {"cubic_coeff_a": -0.75} if mode == "cubic" else {}
-        attrs |= {"antialias": 1} if antialias else {}
+        attrs |= {"antialias": 1, "exclude_outside": 1} if antialias else {}
         return c.node("Resize", [x, *_goal(c, x, dims)], mode=mode, coordinate_transformation_mode=where, **attrs)
 
     return rule

@@ -129,7 +129,7 @@ def _pixel_shuffle(c: Call) -> str:
     n = len(lead)
     apart = c.reshape(x, [*lead, channels // (r * r), r, r, height, width])
     order = [*range(n), n, n + 3, n + 1, n + 4, n + 2]
-    tall, wide = (s * r if isinstance(s, int) else _product(c, s, r) for s in (height, width))
+    tall, wide = c.product(height, r), c.product(width, r)
     return c.reshape(c.node("Transpose", [apart], perm=order), [*lead, channels // (r * r), tall, wide])
 
 
@@ -137,7 +137,7 @@ def _pixel_unshuffle(c: Call) -> str:
     x, r = c["self"], c["downscale_factor"]
     *lead, channels, height, width = c.sizes(x)
     n = len(lead)
-    low, narrow = (s // r if isinstance(s, int) else _quotient(c, s, r) for s in (height, width))
+    low, narrow = c.quotient(height, r), c.quotient(width, r)
     apart = c.reshape(x, [*lead, channels, low, r, narrow, r])
     order = [*range(n), n, n + 2, n + 4, n + 1, n + 3]
     return c.reshape(c.node("Transpose", [apart], perm=order), [*lead, channels * r * r, low, narrow])
@@ -148,14 +148,6 @@ def _channel_shuffle(c: Call) -> str:
     sizes = c.sizes(x)
     apart = c.reshape(x, [sizes[0], groups, sizes[1] // groups, *sizes[2:]])
     return c.reshape(c.node("Transpose", [apart], perm=[0, 2, 1, *range(3, len(sizes) + 1)]), sizes)
-
-
-def _product(c: Call, size: Value, factor: int) -> Value:
-    return Value(c.node("Mul", [size, c.vector([factor])]), "int64", (1,), size=True)
-
-
-def _quotient(c: Call, size: Value, divisor: int) -> Value:
-    return Value(c.node("Div", [size, c.vector([divisor])]), "int64", (1,), size=True)
 
 
 def _sym_size(c: Call) -> str:
