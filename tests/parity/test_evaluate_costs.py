@@ -312,3 +312,11 @@ def test_the_parts_of_a_tuple_are_its_size() -> None:
 
     gm = graph({"lstm": nn.LSTM(3, 6, batch_first=True)}, build, torch.zeros(1, 5, 3))
     assert activation_peak_bytes(gm).nbytes == 4 * (15 + 30)
+
+
+def test_numbers_that_only_compute_sizes_take_no_memory() -> None:
+    def build(g: fx.Graph, x: list[fx.Node]) -> fx.Node:
+        size = g.call_function(aten.sym_size.int, (x[0], 0))
+        return g.call_function(aten.reshape.default, (x[0], [g.call_function(operator.mul, (size, 2)), -1]))
+
+    assert activation_peak_bytes(graph({}, build, torch.zeros(3, 4))).nbytes == 4 * 12

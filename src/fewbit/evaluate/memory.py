@@ -196,14 +196,10 @@ def _is_view(node: fx.Node, gm: fx.GraphModule) -> bool:
 
 def _elements(node: fx.Node) -> int:
     shape = node.meta.get("shape")
-    if shape is not None and all(isinstance(size, int) for size in shape):
+    if shape is not None:
         return math.prod(shape)
-    # A tuple has no shape of its own: it is what its elements are.
+    if node.op == "placeholder":
+        raise ModelError(f"node {node.name!r} has no shape: estimate on a graph that fewbit has read")
+    # A tuple has no shape of its own: it is what its elements are. What remains is arithmetic on sizes.
     parts = [user for user in node.users if user.target is operator.getitem]
-    if parts and all(user.meta.get("shape") is not None for user in parts):
-        return sum(math.prod(user.meta["shape"]) for user in parts)
-    if node.op == "call_function" and "sym_size" in str(node.target):
-        return 0
-    raise ModelError(
-        f"node {node.name!r} has no shape: estimate on a graph that fewbit has read from an example"
-    )
+    return sum(math.prod(user.meta.get("shape", (0,))) for user in parts)
