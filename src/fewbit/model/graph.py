@@ -40,7 +40,8 @@ def constant_of(node: fx.Node, gm: fx.GraphModule) -> Tensor | None:
     if node.op != "get_attr":
         return None
     owner, _, name = str(node.target).rpartition(".")
-    return getattr(gm.get_submodule(owner), name)  # type: ignore[no-any-return]
+    tensor: Tensor = getattr(gm.get_submodule(owner), name)
+    return tensor
 
 
 def consumers(node: fx.Node) -> list[fx.Node]:
@@ -74,18 +75,24 @@ def input_nodes(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def add_layer(gm: fx.GraphModule, name: str, layer: nn.Module) -> str:
-    """Put a layer into the module tree as `name`, or `name_1`, ... if that is taken; returns the name it has."""
+    """Put a layer into the module tree as `name`, or `name_1`, ... if that is taken; returns the name it
+    has.
+    """
     taken, candidate, count = {n for n, _ in gm.named_modules()} | set(gm.state_dict()), name, 0
     while candidate in taken:
         count += 1
         candidate = f"{name}_{count}"
     if not gm.add_submodule(candidate, layer):
-        raise ModelError(f"layer {candidate!r} cannot be added: part of its path is a tensor; choose another name")
+        raise ModelError(
+            f"layer {candidate!r} cannot be added: part of its path is a tensor; choose another name"
+        )
     return candidate
 
 
 def insert_after(node: fx.Node, make: Callable[[fx.Graph], fx.Node]) -> fx.Node:
-    """Put a new node behind `node`, in front of all its consumers; `make(graph)` creates it with `node` as an input."""
+    """Put a new node behind `node`, in front of all its consumers; `make(graph)` creates it with `node` as
+    an input.
+    """
     with node.graph.inserting_after(node):
         new = make(node.graph)
     inherit(new, node)
@@ -107,7 +114,9 @@ def inherit(new: fx.Node, old: fx.Node) -> None:
 
 
 def clean(gm: fx.GraphModule) -> fx.GraphModule:
-    """After edits: drop dead nodes and layers that nobody calls, check and recompile. Changes and returns `gm`."""
+    """After edits: drop dead nodes and layers that nobody calls, check and recompile. Changes and returns
+    `gm`.
+    """
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
     gm.graph.lint()
@@ -147,20 +156,25 @@ class _Recorder(fx.Interpreter):
 
 
 def _symbolic(before: Any, result: Tensor) -> Tensor:
-    """A tensor without data: the result's sizes, but free ones stay free where the node had a value of that rank."""
+    """A tensor without data: the result's sizes, but free ones stay free where the node had a value of that
+    rank.
+    """
     if not isinstance(before, Tensor) or before.dim() != result.dim():
         return torch.empty_like(result, device="meta")
-    sizes = [new if isinstance(old, int) else old for old, new in zip(before.shape, result.shape, strict=True)]
+    sizes = [
+        new if isinstance(old, int) else old for old, new in zip(before.shape, result.shape, strict=True)
+    ]
     if sizes == list(before.shape) and before.dtype == result.dtype:
         return before
     return before.new_empty(sizes, dtype=result.dtype)
 
 
 def refresh(gm: fx.GraphModule, example: tuple[Tensor, ...]) -> None:
-    """Set "shape", "dtype" and "val" in the `meta` of every node with one tensor, from a run on `example` in eval mode.
+    """Set "shape", "dtype" and "val" in the `meta` of every node with one tensor, from a run on `example`
+    in eval mode.
 
-    "shape" holds the sizes on the example; "val" is a tensor without data whose free sizes are symbolic, as long as
-    the node had one of the same rank (see `inherit`), otherwise it has the example's sizes.
+    "shape" holds the sizes on the example; "val" is a tensor without data whose free sizes are symbolic, as
+    long as the node had one of the same rank (see `inherit`), otherwise it has the example's sizes.
     """
     with torch.no_grad(), in_eval_mode(gm):
         _Recorder(gm).run(*example)

@@ -20,11 +20,12 @@ aten = torch.ops.aten
 class Operator:
     """One row: what an operator is called and how numbers pass through it.
 
-    ``role``: "compute" has an output scale of its own; "shares" moves or selects numbers of its first argument, so the
-    output has its codes' scale; "activation" is a clamp around zero, which can join the operator in front of it; "table" is a
-    function of one number (256 entries at 8 bits); "float" has no integer form.
-    ``weight_axis``: axis of the weight that runs along its output channels (embedding: along its rows); None without weights.
-    ``channel_axis``: axis of the output that runs along those channels; None where there is no such axis.
+    ``role``: "compute" has an output scale of its own; "shares" moves or selects numbers of its first
+    argument, so the output has its codes' scale; "activation" is a clamp around zero, which can join the
+    operator in front of it; "table" is a function of one number (256 entries at 8 bits); "float" has no
+    integer form. ``weight_axis``: axis of the weight that runs along its output channels (embedding: along
+    its rows); None without weights. ``channel_axis``: axis of the output that runs along those channels;
+    None where there is no such axis.
     """
 
     name: str
@@ -34,7 +35,9 @@ class Operator:
 
 
 def operator(node: fx.Node, gm: fx.GraphModule) -> Operator | None:
-    """The row of a node; None for placeholders, get_attr, the output and operators that the table does not know."""
+    """The row of a node; None for placeholders, get_attr, the output and operators that the table does not
+    know.
+    """
     if node.op == "call_module":
         return MODULES.get(type(module_of(node, gm)))  # type: ignore[arg-type]
     if node.op != "call_function":
@@ -45,7 +48,11 @@ def operator(node: fx.Node, gm: fx.GraphModule) -> Operator | None:
 
 
 GLOBAL_AVERAGE = Operator("global_avg_pool", "compute", None, 1)
-ADAPTIVE_AVERAGE = (aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default)
+ADAPTIVE_AVERAGE = (
+    aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool3d.default,
+)
 
 MODULES: dict[type[nn.Module], Operator] = {
     nn.Conv1d: Operator("conv", "compute", 0, 1),
@@ -78,7 +85,9 @@ MODULES: dict[type[nn.Module], Operator] = {
 }
 
 
-def _rows(name: str, role: Role, targets: Iterable[Any], channel_axis: int | None = None) -> dict[Any, Operator]:
+def _rows(
+    name: str, role: Role, targets: Iterable[Any], channel_axis: int | None = None
+) -> dict[Any, Operator]:
     return dict.fromkeys(targets, Operator(name, role, None, channel_axis))
 
 
@@ -114,7 +123,8 @@ FUNCTIONS: dict[Any, Operator] = {
     **_rows("clamp", "activation", [aten.clamp.default]),
     # functions of one number
     **_unary("hardswish", "hardsigmoid", "silu", "gelu", "elu", "celu", "selu", "mish", "softplus", "log_sigmoid", "sigmoid",
-             "tanh", "leaky_relu", "threshold", "hardshrink", "softshrink", "exp", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt",
+             "tanh", "leaky_relu", "threshold", "hardshrink", "softshrink", "exp", "expm1", "log", "
+             ""log1p", "log2", "sqrt", "rsqrt",
              "reciprocal", "abs", "neg", "sign", "square", "sin", "cos", "erf", "floor", "ceil", "round"),
     **_rows("pow", "table", [aten.pow.Tensor_Scalar]),
     # over an axis

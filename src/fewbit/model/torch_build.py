@@ -1,4 +1,6 @@
-"""Builds a graph in standard form: appends layers and operators under the user's names, and owns their tensors."""
+"""Builds a graph in standard form: appends layers and operators under the user's names, and owns their
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ aten = torch.ops.aten
 
 @dataclass(eq=False)
 class Constant:
-    """A value that does not depend on the inputs: the user's tensor (`name`), or one computed from such tensors.
+    """A value that does not depend on the inputs: the user's tensor (`name`), or one computed from such
+    tensors.
 
     `origin` is the parameter that it comes from, `node` the exported node that it is the value of.
     """
@@ -44,7 +47,9 @@ def _known(size: torch.SymInt) -> Any:
 
 
 class Builder:
-    """A growing graph, its tensors and layers. `source` is the private copy whose parameters the layers take over."""
+    """A growing graph, its tensors and layers. `source` is the private copy whose parameters the layers
+    take over.
+    """
 
     def __init__(self, source: nn.Module) -> None:
         self.source = source
@@ -64,7 +69,9 @@ class Builder:
                 self._sizes.setdefault(str(size), (node, dim))
         return node
 
-    def emit(self, target: Any, args: Any, like: fx.Node, kwargs: Any = None, *, final: bool = True) -> fx.Node:
+    def emit(
+        self, target: Any, args: Any, like: fx.Node, kwargs: Any = None, *, final: bool = True
+    ) -> fx.Node:
         """Append a functional operator that stands for `like` (or, not `final`, for a step towards it)."""
         name = _node_name(target, like)
         node = self.graph.create_node("call_function", target, tuple(args), dict(kwargs or {}), name)
@@ -88,7 +95,9 @@ class Builder:
         return found
 
     def reshaped(self, x: fx.Node, like: fx.Node) -> fx.Node | None:
-        """Append a reshape of `x` to the shape of `like`, -1 where one size is free; None if a size is unknown."""
+        """Append a reshape of `x` to the shape of `like`, -1 where one size is free; None if a size is
+        unknown.
+        """
         shape = sizes(like.meta["val"])
         free = [index for index, size in enumerate(shape) if not isinstance(size, int)]
         for index in free:
@@ -121,7 +130,9 @@ class Builder:
         buffers: dict[str, Constant | None] | None = None,
         **settings: Any,
     ) -> fx.Node:
-        """Append a call of an `nn` layer that holds these tensors; the same tensors and settings are the same layer."""
+        """Append a call of an `nn` layer that holds these tensors; the same tensors and settings are the
+        same layer.
+        """
         present = {k: c for k, c in (weights | (buffers or {})).items() if c is not None}
         held = tuple((k, id(c.value) if c.name else id(c)) for k, c in present.items())
         key = (cls, held, repr(sorted(settings.items())), "" if present else module_path(like))

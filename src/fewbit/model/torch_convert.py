@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_unflatten
 
@@ -74,8 +74,9 @@ class Converter(Builder):
         root = self.views.root(old)
         if root in self.views.stale:
             self.views.stale.discard(root)
-            if root.args[0].target in SPLITS:
-                self.values[root.args[0]] = self.call(root.args[0])
+            source: Any = root.args[0]
+            if source.target in SPLITS:
+                self.values[source] = self.call(source)
             self.values[root] = self.call(root)
         return self.values[root]
 
@@ -87,9 +88,9 @@ class Converter(Builder):
     def number(self, old: Any) -> Any:
         """Like `arg`, but an unnamed scalar tensor (`torch.tensor(2.0)` in forward) is the number it holds."""
         constant = self.constant(old)
-        if constant and isinstance(constant.value, Tensor) and not (constant.trained or constant.name):
-            if constant.value.dim() == 0:
-                return constant.value.item()
+        unnamed = constant is not None and not constant.trained and constant.name is None
+        if constant and unnamed and isinstance(constant.value, Tensor) and constant.value.dim() == 0:
+            return constant.value.item()
         return self.arg(old)
 
     def arg(self, old: Any) -> Any:
@@ -97,7 +98,9 @@ class Converter(Builder):
         return fx.map_arg(old, lambda node: self.materialise(self.get(node)))
 
     def materialise(self, value: Any) -> Any:
-        """A value that can be an argument: constants become get_attr nodes, operators on parameters, or numbers."""
+        """A value that can be an argument: constants become get_attr nodes, operators on parameters, or
+        numbers.
+        """
         if not isinstance(value, Constant):
             return value
         if not isinstance(value.value, Tensor):
@@ -141,7 +144,8 @@ class Converter(Builder):
                 self.values[node] = Constant(tensors[spec.target], name, name, node, trained)
             else:
                 raise ModelError(
-                    f"{spec.arg.name!r} is a {spec.kind.name.lower()} of the exported program: expected tensors, "
+                    f"{spec.arg.name!r} is a {spec.kind.name.lower()} of the exported program: "
+                    "expected tensors, "
                     "parameters and buffers only; pass such objects when the model is built"
                 )
 
@@ -153,7 +157,7 @@ class Converter(Builder):
             elif node.op == "output" and gm is self.program.graph_module:
                 self.graph.output(self._output(node))
             elif node.op == "output":
-                return [self.get(value) for value in node.args[0]]  # type: ignore[union-attr]
+                return [self.get(value) for value in node.args[0]]
         return None
 
     def _region(self, gm: fx.GraphModule, node: fx.Node) -> Any:
@@ -161,7 +165,8 @@ class Converter(Builder):
         at = 1 if "set_grad" in str(node.target) else 4
         if at == 4 and node.args[2]:
             raise ModelError(
-                f"{module_path(node) or type(self.source).__name__} runs under torch.autocast inside forward: "
+                f"{module_path(node) or type(self.source).__name__} runs under torch.autocast inside "
+                "forward: "
                 "expected float32; move the autocast block out of the model"
             )
         body = getattr(gm, str(node.args[at].target))  # type: ignore[union-attr]
@@ -193,7 +198,8 @@ class Converter(Builder):
             return None
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise ModelError(
-                f"{module_path(node) or type(self.source).__name__} uses {node.target}, which has no standard form: "
+                f"{module_path(node) or type(self.source).__name__} uses {node.target}, which has no "
+                "standard form: "
                 "expected plain operators; replace the control flow, or quantize the parts around it"
             )
         if (folded := self._fold(node)) is not None:
@@ -225,7 +231,9 @@ class Converter(Builder):
         try:
             return fx.node.map_aggregate(_plain(result), lambda value: value)
         except TypeError:
-            self.notes.append(f"the output is a plain tuple: {type(result).__name__} is no tuple, list or dict")
+            self.notes.append(
+                f"the output is a plain tuple: {type(result).__name__} is no tuple, list or dict"
+            )
             return tuple(flat)
 
 

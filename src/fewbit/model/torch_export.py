@@ -1,4 +1,6 @@
-"""Runs `torch.export` on a private copy of a module: free dimensions, eval mode, float32, and errors in one sentence."""
+"""Runs `torch.export` on a private copy of a module: free dimensions, eval mode, float32, and errors in one
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +42,15 @@ def private_copy(module: nn.Module, notes: list[str]) -> nn.Module:
         clone = copy.deepcopy(module)
     except Exception as error:
         raise ModelError(
-            f"{type(module).__name__} cannot be copied ({first_line(error)}): fewbit reads a copy, so that your "
-            "model stays as it is; remove old-style weight_norm or tensors that carry a gradient history first"
+            f"{type(module).__name__} cannot be copied ({first_line(error)}): fewbit reads a copy, so "
+            "that your "
+            "model stays as it is; remove old-style weight_norm or tensors that carry a gradient "
+            "history first"
         ) from error
     tensors = [*clone.parameters(), *clone.buffers()]
-    foreign = sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()} - {"float32"})
+    foreign = sorted(
+        {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()} - {"float32"}
+    )
     if foreign:
         notes.append(f"{' and '.join(foreign)} parameters were converted to float32 before reading")
     if any(t.device.type != "cpu" for t in tensors):
@@ -71,7 +77,8 @@ def as_example(example: Any) -> Example:
 def trace(
     module: nn.Module, example: Example, dynamic_shapes: Any, notes: list[str], images_fixed: bool = False
 ) -> Traced:
-    """Export `module` (already private) with as many free dimensions as it allows; ModelError if it cannot be.
+    """Export `module` (already private) with as many free dimensions as it allows; ModelError if it cannot
+    be.
 
     `images_fixed` leaves inputs of four and more dimensions no other freedom than the batch size.
     """
@@ -79,27 +86,26 @@ def trace(
         return Traced(_export(module, example, dynamic_shapes), module, example, notes)
     doubled = _double_batch(example)
     attempts = [(doubled, _all_free(doubled, images_fixed)), (doubled, _batch_free(doubled))]
-    failure: Exception | None = None
     for inputs, shapes in attempts:
         try:
             program = _export(module, inputs, shapes)
-            pinned = _pinned(program, inputs, shapes)
-            if pinned != shapes:
-                shapes = pinned
-                program = _export(module, inputs, shapes)
-        except ModelError as error:
-            failure = failure or error
-            continue
-        if not _free_batch(program):
-            notes.append(f"the batch size is fixed at {inputs[0].shape[0]}: the model does not allow another")
-            if inputs is not example:
-                program, inputs = _export(module, example, None), example
-                notes[-1] = "the batch size is fixed at 1: the model does not allow another"
-        return Traced(program, module, inputs, notes)
+            if (pinned := _pinned(program, inputs, shapes)) != shapes:
+                program = _export(module, inputs, pinned)
+        except ModelError:
+            continue  # a freedom that the model does not have; the attempt without any says what is wrong
+        if _free_batch(program):
+            return Traced(program, module, inputs, notes)
+        if inputs is example:
+            notes.append(_fixed_note(example))
+            return Traced(program, module, example, notes)
     program = _export(module, example, None)
-    batch = example[0].shape[0] if example[0].dim() else 1
-    notes.append(f"the batch size is fixed at {batch}: with a free one, {_lower_first(str(failure))}")
+    notes.append(_fixed_note(example))
     return Traced(program, module, example, notes)
+
+
+def _fixed_note(example: Example) -> str:
+    batch = example[0].shape[0] if example[0].dim() else 1
+    return f"the batch size is fixed at {batch}: the model does not allow another"
 
 
 def _double_batch(example: Example) -> Example:
@@ -154,11 +160,13 @@ def _explain(module: nn.Module, error: Exception) -> ModelError:
     name, where = type(module).__name__, _place(error)
     if "data-dependent" in str(error).lower() or "GuardOnDataDependent" in type(error).__name__:
         return ModelError(
-            f"{name} branches or takes a size from the values of a tensor{where}: expected control flow that depends "
+            f"{name} branches or takes a size from the values of a tensor{where}: expected control "
+            "flow that depends "
             "on shapes only; use torch.where, or quantize the parts around it"
         )
     return ModelError(
-        f"{name} cannot be exported{where} ({first_line(error)}): expected a forward that torch.export can trace; "
+        f"{name} cannot be exported{where} ({first_line(error)}): expected a forward that "
+        "torch.export can trace; "
         "replace code that leaves PyTorch, or fix sizes with dynamic_shapes"
     )
 
@@ -181,10 +189,6 @@ def a(value: object) -> str:
     """The class of a value with its article: "a list", "an int"."""
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
 @contextmanager

@@ -1,4 +1,6 @@
-"""The operators with parameters, as one table: which `nn` layer each becomes and from which of its arguments."""
+"""The operators with parameters, as one table: which `nn` layer each becomes and from which of its
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +41,14 @@ def _convolution(cls: type[nn.Module], dims: int) -> Rule:
         constants = _constants(c, a, "weight", "bias")
         if constants is None or constants[0] is None:
             return None
-        weight, bias = constants
+        weight, bias = constants[0], constants[1]
         x, padding = c.arg(a["input"]), a["padding"]
         stride, dilation = _per_dim(a["stride"], dims), _per_dim(a["dilation"], dims)
         shape = weight.value.shape
         if isinstance(padding, str):
             x, padding = _named_padding(c, node, x, padding, tuple(shape[2:]), dilation)
         many, few = shape[1] * a["groups"], shape[0]
-        extra = {"output_padding": _per_dim(a["output_padding"], dims)} if transposed else {}
+        extra: Bound = {"output_padding": _per_dim(a["output_padding"], dims)} if transposed else {}
         return c.layer(
             node, cls, {"weight": weight, "bias": bias}, (x,),
             in_channels=few if transposed else many, out_channels=many if transposed else few,
@@ -63,7 +65,9 @@ def _named_padding(c: Converter, node: fx.Node, x: Any, padding: str, kernel: An
     if all(total % 2 == 0 for total in totals):
         return x, tuple(total // 2 for total in totals)
     pads = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
-    return c.emit(aten.pad.default, (x, pads, "constant"), node, {"value": 0.0}, final=False), (0,) * len(totals)
+    return c.emit(aten.pad.default, (x, pads, "constant"), node, {"value": 0.0}, final=False), (0,) * len(
+        totals
+    )
 
 
 def _dense(c: Converter, node: fx.Node, x: Any, weight: Constant, bias: Constant | None) -> fx.Node:
@@ -193,7 +197,9 @@ def _prelu(c: Converter, node: fx.Node, a: Bound) -> Any:
     weight = c.constant(a["weight"])
     if weight is None:
         return None
-    return c.layer(node, nn.PReLU, {"weight": weight}, (c.arg(a["self"]),), num_parameters=weight.value.numel())
+    return c.layer(
+        node, nn.PReLU, {"weight": weight}, (c.arg(a["self"]),), num_parameters=weight.value.numel()
+    )
 
 
 def _dropout(cls: type[nn.Module]) -> Rule:
@@ -227,8 +233,12 @@ def _recurrent(cls: type[nn.RNNBase], gates: int, **settings: Any) -> Rule:
     return build
 
 
-def _recurrent_weights(constants: list[Any], a: Bound, gates: int) -> tuple[dict[str, Constant | None], Bound]:
-    """The flat list of a recurrent layer's tensors under the names that `nn` gives them, and the layer's sizes."""
+def _recurrent_weights(
+    constants: list[Any], a: Bound, gates: int
+) -> tuple[dict[str, Constant | None], Bound]:
+    """The flat list of a recurrent layer's tensors under the names that `nn` gives them, and the layer's
+    sizes.
+    """
     kinds = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * a["has_biases"]
     directions = ["", "_reverse"] if a["bidirectional"] else [""]
     cells = a["num_layers"] * len(directions)

@@ -1,4 +1,6 @@
-"""Compares the graph that was read with the module it was read from, and finds the first layer that differs."""
+"""Compares the graph that was read with the module it was read from, and finds the first layer that
+differs.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,15 @@ def prove(gm: fx.GraphModule, source: nn.Module, example: Example, what: str = "
         actual = _outputs(gm, example)
     except Exception as error:
         raise ModelError(
-            f"the graph of {type(source).__name__} does not run on {what} ({first_line(error)}): expected the "
+            f"the graph of {type(source).__name__} does not run on {what} ({first_line(error)}): "
+            "expected the "
             "module's own outputs; fix the sizes that the model depends on with dynamic_shapes"
         ) from error
     worst = max((difference(e, a) for e, a in zip(expected, actual, strict=True)), default=0.0)
     if worst > TOLERANCE:
         raise ModelError(
-            f"the graph of {type(source).__name__} differs from the module on {what} by {worst:.1e} (relative; "
+            f"the graph of {type(source).__name__} differs from the module on {what} by {worst:.1e} "
+            "(relative; "
             f"expected at most {TOLERANCE:.0e}), first at {_first_difference(gm, source, example)}"
         )
 
@@ -41,7 +45,8 @@ def must_run(source: nn.Module, example: Example) -> None:
     except Exception as error:
         shapes = ", ".join(str(list(t.shape)) for t in example)
         raise ModelError(
-            f"{type(source).__name__} does not run on the example of shape {shapes} ({first_line(error)}): expected "
+            f"{type(source).__name__} does not run on the example of shape {shapes} "
+            f"({first_line(error)}): expected "
             "what its forward takes; give one tensor for each input, with the batch first"
         ) from error
 
@@ -68,7 +73,13 @@ def difference(expected: Any, actual: Any) -> float:
 
 def _outputs(module: nn.Module, example: Example) -> list[Any]:
     """All outputs, flat; random numbers, if the model draws any in eval mode, are the same on every call."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), buffers_kept(module), quiet(), without_fast_path():
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        buffers_kept(module),
+        quiet(),
+        without_fast_path(),
+    ):
         torch.manual_seed(0)
         return [leaf for leaf in tree_leaves(module(*(t.clone() for t in example))) if leaf is not None]
 

@@ -97,15 +97,26 @@ def _movedim(c: Converter, node: fx.Node, a: Bound) -> Any:
 
 def _slice(c: Converter, node: fx.Node, a: Bound) -> Any:
     start, end, step = a["start"] or 0, a["end"], a["step"]
-    if isinstance(start, int) and start == 0 and step == 1 and (end is None or isinstance(end, int) and end > END):
+    if (
+        isinstance(start, int)
+        and start == 0
+        and step == 1
+        and (end is None or (isinstance(end, int) and end > END))
+    ):
         return c.get(a["self"])
-    return c.emit(aten.slice.Tensor, c.arg((a["self"], a["dim"], start, END * 2 - 1 if end is None else end, step)), node)
+    return c.emit(
+        aten.slice.Tensor,
+        c.arg((a["self"], a["dim"], start, END * 2 - 1 if end is None else end, step)),
+        node,
+    )
 
 
 def _narrow(c: Converter, node: fx.Node, a: Bound) -> Any:
     if not (isinstance(a["start"], int) and isinstance(a["length"], int)):
         return None
-    return c.emit(aten.slice.Tensor, (c.arg(a["self"]), a["dim"], a["start"], a["start"] + a["length"], 1), node)
+    return c.emit(
+        aten.slice.Tensor, (c.arg(a["self"]), a["dim"], a["start"], a["start"] + a["length"], 1), node
+    )
 
 
 def _split(c: Converter, node: fx.Node, a: Bound) -> Any:
@@ -149,7 +160,10 @@ def _expand(c: Converter, node: fx.Node, a: Bound) -> Any:
         return same
     before, after = sizes(_val(node.args[0])), sizes(_val(node))
     before = [None] * (len(after) - len(before)) + before
-    shape = [-1 if str(b) == str(s) else s if isinstance(s, int) else c.size(s, node) for b, s in zip(before, after, strict=True)]
+    shape = [
+        -1 if str(b) == str(s) else s if isinstance(s, int) else c.size(s, node)
+        for b, s in zip(before, after, strict=True)
+    ]
     return None if None in shape else c.emit(aten.expand.default, (c.arg(node.args[0]), shape), node)
 
 

@@ -1,4 +1,6 @@
-"""In-place operators as functional ones: later uses of the tensor, and of every view of it, see what was written."""
+"""In-place operators as functional ones: later uses of the tensor, and of every view of it, see what was
+written.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ class Views:
             self.parent[node] = self.root(source)
 
     def written(self, node: fx.Node) -> None:
-        """After a write to `node`: every view of it or of its ancestors is stale, save the path that was written."""
+        """After a write to `node`: every view of it or of its ancestors is stale, save the path that was
+        written.
+        """
         path = [node]
         while path[-1] in self.parent:
             path.append(self.parent[path[-1]])
@@ -69,18 +73,31 @@ class Views:
                 self.stale.add(view)
 
 
+def _same_place(first: Any, second: Any) -> bool:
+    """Whether two nodes are the very same numbers in memory: `y[:, 0] += 1` ends in such a copy onto
+    itself.
+    """
+    a, b = (n.meta["val"] if isinstance(n, fx.Node) else None for n in (first, second))
+    if a is None or b is None or storage(first) is None or storage(first) != storage(second):
+        return False
+    return str((a.shape, a.stride(), a.storage_offset())) == str((b.shape, b.stride(), b.storage_offset()))
+
+
 def write(c: Converter, node: fx.Node) -> Any:
     """The functional form of an in-place operator; its argument's name stands for the result from here on."""
     argument: Any = node.args[0]
     root = c.views.root(argument)
+    if node.target is aten.copy_.default and _same_place(argument, node.args[1]):
+        c.views.same[node] = root
+        return c.get(argument)
     result = _functional(c, node)
     c.views.same[node] = root
-    c.values[root] = result
     value = result
     while (parent := c.views.parent.get(root)) is not None:
-        value = _write_back(c, root, parent, value)
-        c.values[parent] = value
+        before, c.values[root] = c.values[root], value
+        value = value if before is c.get(parent) else _write_back(c, root, parent, value)
         root = parent
+    c.values[root] = value
     c.views.written(c.views.root(argument))
     return result
 
@@ -106,9 +123,10 @@ def _functional(c: Converter, node: fx.Node) -> Any:
 
 def _write_back(c: Converter, view: fx.Node, parent: fx.Node, value: Any) -> Any:
     """The parent with `value` in the place that the view shows."""
-    base = c.materialise(c.values[parent])
+    base = c.materialise(c.get(parent))
     value = c.materialise(value)
-    kind, args = view.target, view.args
+    kind: Any = view.target
+    args: Any = view.args
     if kind in COPIES:
         return value
     if kind in RESHAPES:
@@ -118,7 +136,7 @@ def _write_back(c: Converter, view: fx.Node, parent: fx.Node, value: Any) -> Any
     if kind is aten.t.default:
         return c.emit(aten.transpose.int, (value, 0, 1), parent)
     if kind is aten.permute.default:
-        order = [d % len(args[1]) for d in args[1]]  # type: ignore[arg-type, union-attr]
+        order = [d % len(args[1]) for d in args[1]]
         return c.emit(kind, (value, [order.index(d) for d in range(len(order))]), parent)
     if kind is aten.slice.Tensor:
         return c.emit(aten.slice_scatter.default, (base, value, *c.arg(args[1:])), parent)
@@ -134,8 +152,9 @@ def _write_back(c: Converter, view: fx.Node, parent: fx.Node, value: Any) -> Any
 
 
 def _write_part(c: Converter, view: fx.Node, parent: fx.Node, base: Any, value: Any) -> Any:
-    split, index = view.args
-    dim = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)  # type: ignore[union-attr]
-    sizes = [part.shape[dim] for part in split.meta["val"]]  # type: ignore[union-attr]
-    start = sum(sizes[:index])  # type: ignore[misc]
-    return c.emit(aten.slice_scatter.default, (base, value, dim, start, start + sizes[index]), parent)  # type: ignore[index]
+    split: Any = view.args[0]
+    index: Any = view.args[1]
+    dim = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
+    sizes = [part.shape[dim] for part in split.meta["val"]]
+    start = sum(sizes[:index])
+    return c.emit(aten.slice_scatter.default, (base, value, dim, start, start + sizes[index]), parent)

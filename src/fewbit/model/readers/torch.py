@@ -20,15 +20,17 @@ TABLES = Tables(LAYERS, REWRITES, DROPPED)
 
 
 def read(module: nn.Module, example: Any, *, dynamic_shapes: Any = None) -> fx.GraphModule:
-    """The standard form of `module`: `nn` layers under the user's names, functional `aten` operators between them.
+    """The standard form of `module`: `nn` layers under the user's names, functional `aten` operators
+    between them.
 
-    `example` is a tensor or a tuple of tensors, one for each input of `forward`, of any batch size. Every dimension
-    that the model leaves free is free; `dynamic_shapes`, as in `torch.export.export`, says otherwise. The module is
-    not changed. The graph starts in the module's train or eval mode and holds float32 copies of its parameters.
-    `gm.meta["notes"]` says what a user must know, `gm.meta["dynamic"]` each input's sizes: numbers, or names of free ones.
+    `example` is a tensor or a tuple of tensors, one for each input of `forward`, of any batch size. Every
+    dimension that the model leaves free is free; `dynamic_shapes`, as in `torch.export.export`, says
+    otherwise. The module is not changed. The graph starts in the module's train or eval mode and holds
+    float32 copies of its parameters. `gm.meta["notes"]` says what a user must know, `gm.meta["dynamic"]`
+    each input's sizes: numbers, or names of free ones.
 
-    Raises ModelError when the module cannot be read, holds NaN or infinite weights, or when the graph does not
-    compute what the module does on the example (and, with a free batch size, on one more sample).
+    Raises ModelError when the module cannot be read, holds NaN or infinite weights, or when the graph does
+    not compute what the module does on the example (and, with a free batch size, on one more sample).
     """
     if not isinstance(module, nn.Module):
         raise ModelError(f"the model is {a(module)}: expected a torch.nn.Module; for a file, load it first")
@@ -58,7 +60,8 @@ def _check_finite(module: nn.Module) -> None:
         if bool(bad.any()):
             index = [int(i) for i in bad.nonzero()[0]]
             raise ModelError(
-                f"{name} holds {tensor[tuple(index)].item()} at {index}: expected finite numbers; repair or retrain "
+                f"{name} holds {tensor[tuple(index)].item()} at {index}: expected finite numbers; "
+                "repair or retrain "
                 "that layer first"
             )
 
@@ -82,13 +85,15 @@ def _one_more(gm: fx.GraphModule, example: Example) -> Example | None:
     if not isinstance(batch, str):
         return None
     return tuple(
-        torch.cat([t, t[:1]]) if shape and shape[0] == batch else t for t, shape in zip(example, shapes, strict=True)
+        torch.cat([t, t[:1]]) if shape and shape[0] == batch else t
+        for t, shape in zip(example, shapes, strict=True)
     )
 
 
 def _lost_in_training(module: nn.Module) -> list[str]:
     return [
-        f"{name or 'the model'}: dropout of attention weights (p={part.dropout}) acts in training only and was not kept"
+        f"{name or 'the model'}: dropout of attention weights (p={part.dropout}) acts in training "
+        "only and was not kept"
         for name, part in module.named_modules()
         if isinstance(part, nn.MultiheadAttention) and part.dropout
     ]
