@@ -1,4 +1,4 @@
-"""The reader on whole models: names, ties, modes, inputs and outputs, in-place writes, and what it refuses."""
+"""The reader on whole models: names, ties, modes, inputs and outputs, in-place writes, refusals."""
 
 from __future__ import annotations
 

@@ -42,8 +42,9 @@ def operator(node: fx.Node, gm: fx.GraphModule) -> Operator | None:
         return MODULES.get(type(module_of(node, gm)))  # type: ignore[arg-type]
     if node.op != "call_function":
         return None
-    if node.target in ADAPTIVE_AVERAGE and all(size == 1 for size in tuple(node.args[1])):  # type: ignore[arg-type]
-        return GLOBAL_AVERAGE
+    if node.target in ADAPTIVE_AVERAGE:
+        sizes: Any = node.args[1]
+        return GLOBAL_AVERAGE if all(size == 1 for size in sizes) else FUNCTIONS[node.target]
     return FUNCTIONS.get(node.target)
 
 
@@ -108,10 +109,12 @@ FUNCTIONS: dict[Any, Operator] = {
     **_rows("div", "compute", [aten.div.Tensor]),
     **_rows("cat", "compute", [aten.cat.default]),
     # pooling and reductions
-    **_rows("max_pool", "shares", [aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default], 1),
+    **_rows("max_pool", "shares", [aten.max_pool1d.default, aten.max_pool2d.default,
+            aten.max_pool3d.default], 1),
     **_rows("max_pool", "shares", [aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default,
             aten.adaptive_max_pool3d.default], 1),
-    **_rows("avg_pool", "compute", [aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default], 1),
+    **_rows("avg_pool", "compute", [aten.avg_pool1d.default, aten.avg_pool2d.default,
+            aten.avg_pool3d.default], 1),
     **_rows("adaptive_avg_pool", "compute", ADAPTIVE_AVERAGE, 1),
     **_rows("mean", "compute", [aten.mean.dim, aten.mean.default]),
     **_rows("sum", "float", [aten.sum.dim_IntList, aten.sum.default]),
@@ -122,10 +125,10 @@ FUNCTIONS: dict[Any, Operator] = {
     **_rows("hardtanh", "activation", [aten.hardtanh.default]),
     **_rows("clamp", "activation", [aten.clamp.default]),
     # functions of one number
-    **_unary("hardswish", "hardsigmoid", "silu", "gelu", "elu", "celu", "selu", "mish", "softplus", "log_sigmoid", "sigmoid",
-             "tanh", "leaky_relu", "threshold", "hardshrink", "softshrink", "exp", "expm1", "log", "
-             ""log1p", "log2", "sqrt", "rsqrt",
-             "reciprocal", "abs", "neg", "sign", "square", "sin", "cos", "erf", "floor", "ceil", "round"),
+    **_unary("hardswish", "hardsigmoid", "silu", "gelu", "elu", "celu", "selu", "mish", "softplus",
+             "log_sigmoid", "sigmoid", "tanh", "leaky_relu", "threshold", "hardshrink", "softshrink", "exp",
+             "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "reciprocal", "abs", "neg", "sign", "square",
+             "sin", "cos", "erf", "floor", "ceil", "round"),
     **_rows("pow", "table", [aten.pow.Tensor_Scalar]),
     # over an axis
     **_rows("softmax", "compute", [aten.softmax.int]),

@@ -85,7 +85,7 @@ class Builder:
         return node
 
     def size(self, value: torch.SymInt, like: fx.Node) -> fx.Node | None:
-        """The node that holds a symbolic size: an input's size where it is one; None if the graph has none."""
+        """The node that holds a symbolic size: an input's where it is one; None if there is none."""
         found = self._sizes.get(str(value))
         if isinstance(found, tuple):
             node = self.graph.call_function(aten.sym_size.int, found)

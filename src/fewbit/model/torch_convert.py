@@ -86,7 +86,7 @@ class Converter(Builder):
         return value if isinstance(value, Constant) else None
 
     def number(self, old: Any) -> Any:
-        """Like `arg`, but an unnamed scalar tensor (`torch.tensor(2.0)` in forward) is the number it holds."""
+        """Like `arg`, but an unnamed scalar tensor (`torch.tensor(2.0)` in forward) is its number."""
         constant = self.constant(old)
         unnamed = constant is not None and not constant.trained and constant.name is None
         if constant and unnamed and isinstance(constant.value, Tensor) and constant.value.dim() == 0:

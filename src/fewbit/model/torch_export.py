@@ -126,7 +126,7 @@ def _batch_free(example: Example) -> tuple[dict[int, Any], ...]:
 
 
 def _pinned(program: ExportedProgram, example: Example, shapes: tuple[dict[int, Any], ...]) -> Any:
-    """`shapes` less the dimensions that hold for some sizes only (`(x.size(1) - 4) % 2 == 0` and the like)."""
+    """`shapes` less the dimensions that work for some sizes only (`x.size(1) % 2 == 0`, ...)."""
     names = list(program.graph_signature.user_inputs)
     fixed: set[tuple[str, int]] = set()
     for guard in getattr(program, "_guards_code", None) or []:

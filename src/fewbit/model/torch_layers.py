@@ -109,7 +109,8 @@ def _batch_norm(c: Converter, node: fx.Node, a: Bound) -> Any:
     weight, bias, mean, var = constants
     owner = _owner(c, mean)
     return c.layer(
-        node, cls, {"weight": weight, "bias": bias}, (c.arg(a["input"]),), _statistics(node, owner, mean, var),
+        node, cls, {"weight": weight, "bias": bias}, (c.arg(a["input"]),),
+        _statistics(node, owner, mean, var),
         num_features=sizes(a["input"].meta["val"])[1], eps=a["eps"],
         momentum=a["momentum"] if owner is None else owner.momentum,
         affine=weight is not None, track_running_stats=mean is not None,
@@ -154,7 +155,8 @@ def _layer_norm(c: Converter, node: fx.Node, a: Bound) -> Any:
     if weight is None and bias is not None:
         return None
     return c.layer(
-        node, nn.LayerNorm, {"weight": weight, "bias": bias}, (c.arg(a["input"]),), normalized_shape=tuple(shape),
+        node, nn.LayerNorm, {"weight": weight, "bias": bias}, (c.arg(a["input"]),),
+        normalized_shape=tuple(shape),
         eps=a["eps"], elementwise_affine=weight is not None, bias=bias is not None,
     )  # fmt: skip
 
@@ -165,7 +167,8 @@ def _rms_norm(c: Converter, node: fx.Node, a: Bound) -> Any:
         return None
     return c.layer(
         node, nn.RMSNorm, {"weight": constants[0]}, (c.arg(a["input"]),),
-        normalized_shape=tuple(a["normalized_shape"]), eps=a["eps"], elementwise_affine=constants[0] is not None,
+        normalized_shape=tuple(a["normalized_shape"]), eps=a["eps"],
+        elementwise_affine=constants[0] is not None,
     )  # fmt: skip
 
 
@@ -176,7 +179,8 @@ def _group_norm(c: Converter, node: fx.Node, a: Bound) -> Any:
         return None
     weight, bias = constants
     return c.layer(
-        node, nn.GroupNorm, {"weight": weight, "bias": bias}, (c.arg(a["input"]),), num_groups=a["num_groups"],
+        node, nn.GroupNorm, {"weight": weight, "bias": bias}, (c.arg(a["input"]),),
+        num_groups=a["num_groups"],
         num_channels=channels, eps=a["eps"], affine=weight is not None,
     )  # fmt: skip
 
@@ -188,7 +192,8 @@ def _embedding(c: Converter, node: fx.Node, a: Bound) -> Any:
     rows, width = weight.value.shape
     padding = a["padding_idx"] if a["padding_idx"] >= 0 else None
     return c.layer(
-        node, nn.Embedding, {"weight": weight}, (c.arg(a["indices"]),), num_embeddings=rows, embedding_dim=width,
+        node, nn.Embedding, {"weight": weight}, (c.arg(a["indices"]),),
+        num_embeddings=rows, embedding_dim=width,
         padding_idx=padding,
     )  # fmt: skip
 
@@ -222,7 +227,8 @@ def _recurrent(cls: type[nn.RNNBase], gates: int, **settings: Any) -> Rule:
             given = [g[0] for g in given]
         call = c.layer(
             node, cls, weights, (x, *given), num_layers=a["num_layers"], bias=a["has_biases"],
-            batch_first=a["batch_first"], dropout=a["dropout"], bidirectional=a["bidirectional"], **shape, **settings,
+            batch_first=a["batch_first"], dropout=a["dropout"], bidirectional=a["bidirectional"],
+            **shape, **settings,
         )  # fmt: skip
         values = node.meta["val"]
         call.meta["val"] = (values[0], tuple(values[1:]) if cls is nn.LSTM else values[1])

@@ -18,8 +18,8 @@ aten = torch.ops.aten
 RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int,
     aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
     aten._unsafe_view.default, aten.view_as.default})  # fmt: skip
-COPIES = frozenset({aten.contiguous.default, aten.alias.default, aten.detach.default, aten.to.dtype, aten.to.device,
-    aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten.lift_fresh_copy.default})  # fmt: skip
+COPIES = frozenset({aten.contiguous.default, aten.alias.default, aten.detach.default, aten.to.dtype,
+    aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten.lift_fresh_copy.default})  # fmt: skip
 SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
     aten.tensor_split.sections})  # fmt: skip
 
@@ -147,8 +147,10 @@ def _write_back(c: Converter, view: fx.Node, parent: fx.Node, value: Any) -> Any
         return c.emit(aten.select_scatter.default, (base, value, *c.arg(args[1:])), parent)
     if isinstance(args[0], fx.Node) and args[0].target in SPLITS - {aten.unbind.int}:
         return _write_part(c, view, parent, base, value)
-    raise ModelError(f"{view.name!r} is written in place through {kind}: expected a slice, select, reshape or "
-                     "transpose; write out of place instead (y = y + 1 rather than y += 1)")  # fmt: skip
+    raise ModelError(
+        f"{view.name!r} is written in place through {kind}: expected a slice, select, reshape or transpose; write "
+        "out of place instead (y = y + 1 rather than y += 1)"
+    )
 
 
 def _write_part(c: Converter, view: fx.Node, parent: fx.Node, base: Any, value: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Readers: one source of models a file, each with `read(...) -> torch.fx.GraphModule` in the standard form."""
+"""Readers: one source of models a file, each with `read(...)`, which gives a graph in the standard form."""

@@ -1,4 +1,4 @@
-"""Reads an `nn.Module` through `torch.export` into the standard form, and proves that it computes the same."""
+"""Reads an `nn.Module` through `torch.export` into the standard form, and proves that it computes it."""
 
 from __future__ import annotations
 
