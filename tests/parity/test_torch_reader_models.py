@@ -63,6 +63,12 @@ def test_sequence_length_is_free_in_attention() -> None:
     torch.testing.assert_close(gm(x), model(x), rtol=1e-5, atol=1e-6)
 
 
+def test_a_size_that_decides_what_is_computed_is_fixed() -> None:
+    gm = read(nets.Apply(lambda x: x * 2 if x.shape[1] % 2 == 0 else x), torch.randn(3, 4, 5))
+    batch, even, last = gm.meta["dynamic"]["x"]
+    assert isinstance(batch, str) and even == 4 and isinstance(last, str)
+
+
 def test_dynamic_shapes_are_passed_through() -> None:
     gm = read(nn.Linear(3, 2), torch.randn(4, 3), dynamic_shapes=({},))
     assert gm.meta["dynamic"] == {"input_1": (4, 3)}

@@ -19,7 +19,8 @@ RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten.flatten.usin
     aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
     aten._unsafe_view.default, aten.view_as.default})  # fmt: skip
 COPIES = frozenset({aten.contiguous.default, aten.alias.default, aten.detach.default, aten.to.dtype,
-    aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten.lift_fresh_copy.default})  # fmt: skip
+    aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default,
+    aten.lift_fresh_copy.default})  # fmt: skip
 SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
     aten.tensor_split.sections})  # fmt: skip
 
@@ -148,8 +149,8 @@ def _write_back(c: Converter, view: fx.Node, parent: fx.Node, value: Any) -> Any
     if isinstance(args[0], fx.Node) and args[0].target in SPLITS - {aten.unbind.int}:
         return _write_part(c, view, parent, base, value)
     raise ModelError(
-        f"{view.name!r} is written in place through {kind}: expected a slice, select, reshape or transpose; write "
-        "out of place instead (y = y + 1 rather than y += 1)"
+        f"{view.name!r} is written in place through {kind}: expected a slice, select, reshape or transpose; "
+        "write out of place instead (y = y + 1 rather than y += 1)"
     )
 
 
