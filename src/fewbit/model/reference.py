@@ -58,7 +58,8 @@ class Reference:
         if op.kind == "dequantize":
             return dequantize(inputs[0], self.program.codings[op.inputs[0]])
         if op.kind == "constant":
-            return op.constants["value"].to(torch.int32 if op.output in self.program.codings else torch.float32)
+            value = op.constants["value"]
+            return value.to(torch.int32) if op.output in self.program.codings else value
         if op.kind.startswith("dynamic_"):
             return _dynamic(op, inputs[0])
         if op.kind == "rescale":
@@ -75,7 +76,7 @@ class Reference:
 def _aten(op: Op, inputs: list[Any]) -> Any:
     # Pooling and padding have no integer kernels in torch; float64 holds every code exactly.
     if op.domain == "shares":
-        inputs = [i.to(torch.float64) if isinstance(i, Tensor) else i for i in inputs]
+        inputs = [inputs[0].to(torch.float64), *inputs[1:]]  # what follows the codes are indices
     result = aten(op.attrs["target"])(*decode_args(op.attrs["args"], inputs), **_keywords(op, inputs))
     if op.domain == "shares":
         return [r.to(torch.int32) for r in result] if isinstance(result, list | tuple) else result.to(torch.int32)
