@@ -24,8 +24,9 @@ def emit_float(builder: Builder, op: Op, inputs: list[Any]) -> Any:
         return _integers(builder, op, inputs)
     call = Call(builder, op, inputs)
     rule = RULES.get(call.target)
-    if rule is not None:
-        return rule(call)
+    result = rule(call) if rule is not None else None
+    if result is not None:
+        return result
     from fewbit.targets.onnx.floats_fallback import emit_alone  # loads torch's exporter, which takes its time
 
     return emit_alone(call)

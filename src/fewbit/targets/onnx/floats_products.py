@@ -48,35 +48,31 @@ def _sdpa(c: Call) -> str:
 
 
 def _scaled(c: Call, q: Value) -> str:
-    scale = c["scale"]
-    if scale is None:
-        width = c.known(q, [-1])
-        if width is None:
-            raise c.error("the width of the queries is free")
-        scale = 1 / math.sqrt(width[0])
-    return c.node("Mul", [q, c.cast(scale, "float32")])
+    scale, width = c["scale"], c.size(q, -1)
+    if scale is None and isinstance(width, Value):
+        return c.node("Div", [q, c.node("Sqrt", [c.cast(width, "float32")])])
+    return c.node("Mul", [q, c.cast(1 / math.sqrt(width) if scale is None else scale, "float32")])
 
 
 def _causal(c: Call, q: Value, k: Value) -> str:
-    sizes = c.known(q, [-2]), c.known(k, [-2])
-    if sizes[0] is not None and sizes[1] is not None:
-        return c.constant(np.tril(np.ones((sizes[0][0], sizes[1][0]), bool)), "bool")
+    sizes = [c.size(t, -2) for t in (q, k)]
+    if all(isinstance(s, int) for s in sizes):
+        return c.constant(np.tril(np.ones(sizes, bool)), "bool")
     zero, one = c.constant(0, "int64"), c.constant(1, "int64")
-    rows, columns = (
-        c.node("Range", [zero, c.node("Squeeze", [c.vector([c.size(t, -2)])]), one]) for t in (q, k)
-    )
+    rows, columns = (c.node("Range", [zero, c.node("Squeeze", [c.vector([s])]), one]) for s in sizes)
     return c.node("GreaterOrEqual", [c.node("Unsqueeze", [rows, c.vector([1])]), columns])
 
 
 def _heads(c: Call, value: Value, q: Value) -> str:
     """Each head of keys or values repeated for the queries that share it."""
-    have, want = c.known(value, [-3]), c.known(q, [-3])
-    if have is None or want is None:
-        raise c.error("the number of heads is free")
-    sizes, times = c.sizes(value), want[0] // have[0]
+    sizes, heads = c.sizes(value), c.size(q, -3)
+    if isinstance(heads, int) and isinstance(sizes[-3], int):
+        times: Any = heads // sizes[-3]
+    else:
+        times = Value(c.node("Div", [c.vector([heads]), c.vector([sizes[-3]])]), "int64", (1,), size=True)
     apart = c.node("Unsqueeze", [value, c.vector([-3])])
     copies = c.node("Expand", [apart, c.vector([1] * (len(sizes) - 2) + [times, 1, 1])])
-    return c.reshape(copies, [*sizes[:-3], want[0], *sizes[-2:]])
+    return c.reshape(copies, [*sizes[:-3], heads, *sizes[-2:]])
 
 
 def _softmax(op_type: str) -> Rule:

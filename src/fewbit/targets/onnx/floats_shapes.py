@@ -61,6 +61,33 @@ def _index_select(c: Call) -> str:
     return c.node("Gather", [c["self"], c["index"]], axis=c["dim"])
 
 
+def _gather(c: Call) -> str:
+    return c.node("GatherElements", [c["self"], c["index"]], axis=c["dim"])
+
+
+def _index(c: Call) -> str | None:
+    """x[i], x[:, i], x[i, :, j] ...; a mask of truth values has no rule here."""
+    x, indices = c["self"], c["indices"]
+    at = [i for i, index in enumerate(indices) if index is not None]
+    chosen = [indices[i] for i in at]
+    if any(index.dtype in ("bool", "uint8") for index in chosen):
+        return None
+    if len(at) == 1:
+        return c.node("Gather", [x, chosen[0]], axis=at[0])
+    rank, depth = c.rank(x), max(c.rank(index) for index in chosen)
+    front = c.node("Transpose", [x], perm=[*at, *(i for i in range(rank) if i not in at)])
+    total = chosen[0].name
+    for index in chosen[1:]:
+        total = c.node("Add", [total, index])  # only for its shape, which all of them share after broadcasting
+    shape, last = c.node("Shape", [total]), c.vector([-1])
+    columns = [c.node("Unsqueeze", [c.node("Expand", [index, shape]), last]) for index in chosen]
+    found = c.node("GatherND", [front, c.node("Concat", columns, axis=-1)])
+    if at[-1] - at[0] >= len(at) or at[0] == 0:
+        return found  # torch too puts the chosen axes first where they do not lie side by side
+    order = [*range(depth, depth + at[0]), *range(depth), *range(depth + at[0], depth + rank - len(at))]
+    return c.node("Transpose", [found], perm=order)
+
+
 def _split(c: Call) -> list[str]:
     sizes = c["split_sizes"]
     return c.nodes("Split", [c["self"], c.vector(sizes)], len(sizes), axis=c["dim"])
@@ -170,6 +197,8 @@ RULES: dict[str, Rule] = {
     "aten.slice.Tensor": _slice,
     "aten.select.int": _select,
     "aten.index_select.default": _index_select,
+    "aten.gather.default": _gather,
+    "aten.index.Tensor": _index,
     "aten.split_with_sizes.default": _split,
     "aten.expand.default": _expand,
     "aten.repeat.default": _repeat,
