@@ -125,19 +125,26 @@ def test_another_order_of_independent_nodes_does_not_matter() -> None:
 
 
 def test_an_in_place_reader_does_not_change_what_is_compared() -> None:
-    g = fx.Graph()
-    a = g.call_function(aten.neg.default, (g.placeholder("x"),))
-    b = g.call_function(aten.mul_.Tensor, (a, 2.0))
-    g.output(b)
-    left = fx.GraphModule({}, g)
-    plain = fx.Graph()
-    a = plain.call_function(aten.neg.default, (plain.placeholder("x"),))
-    plain.output(plain.call_function(aten.add.Tensor, (a, 1.0)))
-    right = fx.GraphModule({}, plain)
-    errors = layer_errors(
-        left, right, batches(), names={"neg_default": "neg_default", "mul__tensor": "add_tensor"}
-    )
-    assert errors.layers[0].sqnr_db == math.inf and errors.layers[1].sqnr_db < 20
+    def build(in_place: bool) -> fx.GraphModule:
+        g = fx.Graph()
+        x = g.placeholder("x")
+        if not in_place:
+            relu = g.call_function(aten.relu.default, (x,))
+        negative = g.call_function(aten.neg.default, (x,))
+        if in_place:
+            # The graph that is ahead has overwritten `negative` when it is asked for.
+            doubled = g.call_function(aten.mul_.Tensor, (negative, 2.0))
+            relu = g.call_function(aten.relu.default, (x,))
+        else:
+            doubled = g.call_function(aten.mul.Tensor, (negative, 2.0))
+        g.output((relu, doubled))
+        return fx.GraphModule({}, g)
+
+    errors = layer_errors(build(False), build(True), batches())
+    assert [(each.node, each.sqnr_db) for each in errors.layers] == [
+        ("relu_default", math.inf),
+        ("neg_default", math.inf),
+    ]
 
 
 class Watch(nn.Module):

@@ -45,8 +45,12 @@ def test_a_quantized_model_counts_its_codes_instead_of_the_simulations_floats() 
     scheme = type("Scheme", (), {"format": "int4"})
     q = type("Q", (), {"scheme": scheme, "shape": (6, 10), "nbytes": 30 + 24})
     model.qtensors = Codes({"0.weight": q})  # type: ignore[assignment]
-    found = {each.name: (each.dtype, each.nbytes) for each in size_by_tensor(model).tensors}
-    assert found == {"0.weight": ("int4", 54), "0.bias": ("float32", 24)}
+    sizes = size_by_tensor(model)
+    assert [(each.name, each.dtype, each.nbytes) for each in sizes.tensors] == [
+        ("0.weight", "int4", 54),
+        ("0.bias", "float32", 24),
+    ]
+    assert sizes.total == 78
 
 
 def test_safetensors_file_and_folder(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ Constants of the estimate: Han et al., Learning both Weights and Connections for
 (arXiv:1506.02626), quoting Horowitz, Computing's Energy Problem, ISSCC 2014: a 45 nm process.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -123,11 +122,8 @@ def measured_energy(
 def _packages(root: Path) -> list[_Package]:
     packages = []
     reasons = set()
-    # intel-rapl:0 is a package (also on AMD); intel-rapl:0:1 is a part of one, and intel-rapl-mmio:0 the
-    # same once more.
+    # intel-rapl-mmio:0 is the package intel-rapl:0 once more; AMD's processors are called intel-rapl, too.
     for folder in sorted(root.glob("intel-rapl:*")):
-        if not re.fullmatch(r"intel-rapl:\d+", folder.name):
-            continue
         try:
             name = (folder / "name").read_text().strip()
             package = _Package(name, folder / "energy_uj", int((folder / "max_energy_range_uj").read_text()))
@@ -135,7 +131,7 @@ def _packages(root: Path) -> list[_Package]:
         except (OSError, ValueError) as error:
             reasons.add(getattr(error, "strerror", None) or str(error))
             continue
-        # psys is the whole platform, and holds the packages.
+        # psys is the whole platform, and holds the packages; core, uncore and dram are parts of one.
         if name.startswith("package"):
             packages.append(package)
     if not packages:

@@ -87,10 +87,8 @@ def _of_module(module: nn.Module) -> Iterator[TensorSize]:
         yield TensorSize(name, q.scheme.format, tuple(q.shape), q.nbytes)
     # The simulation's graph holds the same weights once more, as floats.
     graph: Any = module.graph if names else module
-    seen: set[int] = set()
     for name, tensor in [*graph.named_parameters(), *graph.named_buffers()]:
-        if name not in names and id(tensor) not in seen:
-            seen.add(id(tensor))
+        if name not in names:
             yield _of_tensor(name, tensor)
 
 
