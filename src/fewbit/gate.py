@@ -52,9 +52,9 @@ class Verification:
     @property
     def exact(self) -> bool:
         """Whether no integer differs."""
-        return all(c.differing == 0 for c in self.layers) and (
-            self.output_differing == 0 if self.whole_network == "bit for bit" else self.output_error <= FLOAT_TOLERANCE
-        )
+        if any(c.differing for c in self.layers):
+            return False
+        return self.output_differing == 0 if self.whole_network == "bit for bit" else self.output_error <= FLOAT_TOLERANCE
 
     def covered(self, kind: str) -> tuple[int, int]:
         """Operations of a kind in integer kernels, and all of that kind."""
@@ -123,9 +123,12 @@ def _check_op(
 def _compare_outputs(
     result: Verification, program: Program, reference: Reference, inputs: tuple[Tensor, ...], actual: list[Tensor]
 ) -> None:
+    floats = sorted({op.layer for op in program.ops if op.domain == "float"})
+    if floats and not program.complete():
+        result.whole_network = f"not compared: float in {len(floats)} places, whose weights this file keeps to itself"
+        return
     values = reference.run(*inputs)
     expected = [values[name] for name in program.output_names()]
-    floats = sorted({op.layer for op in program.ops if op.domain == "float"})
     if floats:
         result.whole_network = f"float in {len(floats)} places, such as {floats[0]}; tolerance {FLOAT_TOLERANCE:g}"
     for e, a in zip(expected, actual, strict=True):

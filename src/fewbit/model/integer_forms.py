@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fewbit.model.operators import Operator
 
-FIXED_UNIT = 1.0 / 256.0  # softmax and sigmoid answer in [0, 1]: their codes need no observer
+FIXED_UNIT = 1.0 / 256.0  # a sigmoid answers in [0, 1]: its codes need no observer
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,11 @@ def _elementwise(kind: str) -> Callable[[Node, GraphModule], Answer]:
                 return f"{kind} with a constant that is not finite runs in float"
         if not (_is_float(a) and _is_float(b)):
             return f"{kind} of integers runs as it is"
-        return IntegerForm(kind, (a, b))
+        # The kernel's rounding depends on which operand is repeated: the whole one always comes first.
+        first, second = (a, b) if shape(a) == shape(node) else (b, a)
+        if shape(first) != shape(node):
+            return f"{kind} that repeats both operands runs in float"
+        return IntegerForm(kind, (first, second))
 
     return rule
 
@@ -185,7 +189,7 @@ def _softmax(node: Node, gm: GraphModule) -> Answer:
     rank = len(shape(node))
     if argument(node, 1, "dim", -1) % rank != rank - 1:
         return "a softmax over another axis than the last runs in float"
-    return IntegerForm("softmax", (_node(node.args[0]),), fixed=(FIXED_UNIT, 0))
+    return IntegerForm("softmax", (_node(node.args[0]),))
 
 
 def _sigmoid(node: Node, gm: GraphModule) -> Answer:

@@ -94,15 +94,15 @@ def _round(values: np.ndarray, op: Op, out: Coding) -> Tensor:
     return torch.from_numpy(np.clip(np.rint(values), lo, hi).astype(np.int32))
 
 
-def _fma(a: np.ndarray, b: np.float32, c: np.ndarray | np.float32) -> np.ndarray:
+def _fma(a: Any, b: np.float32, c: Any) -> Any:
     """float32(a * b + c) with one rounding: the product is exact in float64."""
-    return (a.astype(np.float64) * np.float64(b) + np.asarray(c, np.float64)).astype(np.float32)
+    return (np.asarray(a, np.float64) * np.float64(b) + np.asarray(c, np.float64)).astype(np.float32)
 
 
 def _add(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
     a, b = (x.numpy().astype(np.float32) for x in xs)
     (ra, za), (rb, zb) = ((_f32(c.scale) / _f32(out.scale), _f32(c.zero_point)) for c in codings)
-    constant = _f32(out.zero_point) - (ra * za + rb * zb)
+    constant = _f32(out.zero_point) - _fma(za, ra, rb * zb)
     return _round(_fma(a, ra, _fma(b, rb, constant)), op, out)
 
 
@@ -133,7 +133,8 @@ def _global_avg_pool(op: Op, xs: list[Tensor], codings: list[Coding], out: Codin
     acc = x.reshape(*x.shape[:2], -1).sum(-1).reshape(*x.shape[:2], *[1] * (x.ndim - 2))
     count = x[0, 0].size
     scale = _f32(codings[0].scale) / (_f32(out.scale) * _f32(count))
-    return _round(acc.astype(np.float32) * scale, _shifted(op, out), out) + out.zero_point
+    codes = _round(acc.astype(np.float32) * scale, _shifted(op, out), out) + out.zero_point
+    return codes.flatten(1) if op.attrs.get("squeeze") else codes
 
 
 def _shifted(op: Op, out: Coding) -> Op:
@@ -161,7 +162,7 @@ def _softmax(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Te
 
 
 def _table(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
-    return op.constants["table"].to(torch.int32)[xs[0].long() - codings[0].scheme.qmin]
+    return op.constants["table"].to(torch.int32)[xs[0].long() - int(codings[0].scheme.qmin)]
 
 
 def _clip(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:

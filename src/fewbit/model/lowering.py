@@ -331,7 +331,8 @@ def free_shape(node: Node) -> tuple[int | None, ...]:
     """Sizes of a node's output, None where a size is free (the batch, a sequence)."""
     value = node.meta.get("val")
     sizes = value.shape if isinstance(value, Tensor) else shape(node)
-    return tuple(s if isinstance(s, int) else None for s in sizes)
+    # A size that export found to be fixed may still be a symbol with a constant value.
+    return tuple(s if isinstance(s, int) else s.node.maybe_as_int() for s in sizes)
 
 
 def value_type(node: Node) -> Any:

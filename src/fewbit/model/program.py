@@ -76,6 +76,10 @@ class Program:
     def integer_ops(self) -> list[Op]:
         return [op for op in self.ops if op.domain == "integer"]
 
+    def complete(self) -> bool:
+        """Whether every operation has its constants (a program read back from a file may lack those of float layers)."""
+        return all(op.constants for op in self.ops if op.kind == "module")
+
     def tensors(self) -> dict[str, Tensor]:
         """Every constant under a unique name ``<output value>.<role>``."""
         return {f"{op.output}.{role}": t for op in self.ops for role, t in op.constants.items()}

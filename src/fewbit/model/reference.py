@@ -31,7 +31,7 @@ class Reference:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._modules = {op.output: _module(op) for op in program.ops if op.kind == "module"}
+        self._modules: dict[str, nn.Module] = {}
 
     def __call__(self, *inputs: Tensor) -> Any:
         values = self.run(*inputs)
@@ -65,6 +65,8 @@ class Reference:
         if op.kind == "rescale":
             return inputs[0]
         if op.kind == "module":
+            if op.output not in self._modules:
+                self._modules[op.output] = _module(op)
             return self._modules[op.output](*decode_args(op.attrs["args"], inputs))
         if op.kind == "getitem":
             return inputs[0][op.attrs["index"]]

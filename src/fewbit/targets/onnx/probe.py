@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor
 
 from fewbit.errors import ArtifactError, TargetError
+from fewbit.model.lowering import function_values, quantize_table
 from fewbit.model.program import Program
 from fewbit.targets.onnx.runtime import session
 
@@ -73,7 +74,12 @@ def read_back(path: Path) -> Described:
             key: torch.from_numpy(_plain(numpy_helper.to_array(stored[name]))) for key, name in data["constants"].items()
         }
         codes = {str(k): str(v) for k, v in data["codes"].items()}
-        return Described(Program.from_json(data["program"], tensors), codes, properties)
+        program = Program.from_json(data["program"], tensors)
+        for op in program.ops:
+            if op.kind == "table":  # a file stores the function, not its table
+                values = function_values(op.attrs["function"], program.codings[op.inputs[0]])
+                op.constants["table"] = quantize_table(values, program.codings[op.output])
+        return Described(program, codes, properties)
     except (ValueError, KeyError, TypeError, AttributeError, zlib.error, RecursionError) as error:
         raise ArtifactError(f"{path}: its program is damaged ({type(error).__name__}: {error})") from error
 
