@@ -3,11 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import onnx
+
 from fewbit.errors import TargetError
 from fewbit.model.program import Op, decode_args
+from fewbit.numerics.qtensor import QTensor
 from fewbit.targets.onnx.builder import Builder
-from fewbit.targets.onnx.floats_recurrent import gru, lstm
-from fewbit.targets.onnx.floats_weights import Layer
+from fewbit.targets.onnx.floats_recurrent import gru, lstm, rnn
+from fewbit.targets.onnx.floats_weights import Layer, stored_codes
 
 Emit = Callable[[Layer], Any]
 
@@ -43,7 +47,7 @@ def _convolution(dims: int) -> Emit:
             inner = pads
             if mode != "zeros":
                 name = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}[mode]
-                axes = layer.builder.ints(range(2, dims + 2))  # type: ignore[arg-type]
+                axes = layer.builder.ints([*range(2, dims + 2)])
                 x = layer.node("Pad", [x, layer.builder.ints(pads), "", axes], mode=name)
                 inner = [0] * (2 * dims)
             return layer.node(
@@ -84,11 +88,29 @@ def _transposed(dims: int) -> Emit:
 
 
 def _linear(layer: Layer) -> str:
+    """Gemm for matrices and for weights that are to be float32 exactly; MatMul for 4 bits, groups, and float weights.
+
+    ONNX Runtime makes MatMulNBits of a DequantizeLinear and a MatMul: many times faster at 4 bits, but by its own
+    default that operator rounds the input to 8 bits, which weights of 8 bits would notice.
+    """
     bias = layer.optional("bias")
-    if layer.rank == 2 and not layer.grouped("weight"):
+    scheme = layer.stored_scheme("weight")
+    narrow = scheme is not None and scheme.spec.integer and (scheme.granularity == "group" or scheme.spec.bits <= 4)
+    if layer.rank == 2 and not narrow:
         return layer.node("Gemm", [layer.x, layer.weight("weight"), *bias], transB=1)
+    if layer.rank > 2 and scheme is not None and not narrow:
+        return _linear_rows(layer, bias)
     product = layer.node("MatMul", [layer.x, layer.weight("weight", transposed=True)])
     return layer.node("Add", [product, *bias]) if bias else product
+
+
+def _linear_rows(layer: Layer, bias: list[str]) -> str:
+    """More dimensions folded into rows for a Gemm, and back."""
+    features = [layer.config[k] for k in ("in_features", "out_features")]
+    rows = layer.node("Reshape", [layer.x, layer.builder.ints([-1, features[0]])])
+    product = layer.node("Gemm", [rows, layer.weight("weight"), *bias], transB=1)
+    leading = layer.node("Shape", [layer.x], start=0, end=layer.rank - 1)
+    return layer.node("Reshape", [product, layer.node("Concat", [leading, layer.builder.ints([features[1]])], axis=0)])
 
 
 def _batch_norm(layer: Layer) -> str:
@@ -136,7 +158,7 @@ def _instance_norm(dims: int) -> Emit:
 def _rms_norm(layer: Layer) -> str:
     """ONNX has the operator only from opset 23."""
     shape, eps = layer.config["normalized_shape"], layer.config["eps"]
-    axes = layer.builder.ints(range(-len(shape), 0))  # type: ignore[arg-type]
+    axes = layer.builder.ints([*range(-len(shape), 0)])
     mean = layer.node("ReduceMean", [layer.node("Mul", [layer.x, layer.x]), axes], keepdims=1)
     # torch's default epsilon is that of float32
     safe = layer.node("Add", [mean, layer.builder.scalar(2.0**-23 if eps is None else eps)])
@@ -145,7 +167,30 @@ def _rms_norm(layer: Layer) -> str:
 
 
 def _embedding(layer: Layer) -> str:
-    return layer.node("Gather", [layer.weight("weight"), layer.x], axis=0)
+    """The rows' codes are gathered first, so that a run dequantizes those rows and not the whole table."""
+    scheme = layer.stored_scheme("weight")
+    if scheme is None or not scheme.spec.integer or scheme.axis % 2 != 0:
+        return layer.node("Gather", [layer.weight("weight"), layer.x], axis=0)
+    q, name = layer.qtensor("weight"), f"{layer.name}.weight"
+    codes = layer.node("Gather", [stored_codes(layer.builder, q.codes.numpy(), scheme, name), layer.x], axis=0)
+    values = layer.node("Cast", [codes], to=onnx.TensorProto.FLOAT)
+    if scheme.granularity == "group":
+        values = layer.node("Reshape", [values, layer.builder.ints([0] * layer.rank + [-1, int(scheme.group_size or 1)])])
+    if q.zero_point.any():
+        values = layer.node("Sub", [values, _per_row(layer, q.zero_point.float().numpy(), q, "zero_point")])
+    values = layer.node("Mul", [values, _per_row(layer, q.scale.numpy(), q, "scale")])
+    if scheme.granularity == "group":
+        values = layer.node("Reshape", [values, layer.builder.ints([0] * layer.rank + [-1])])
+    return values
+
+
+def _per_row(layer: Layer, values: np.ndarray, q: QTensor, what: str) -> str:
+    """Scales (or zero points) of the rows that are gathered: [..., 1], or [..., groups, 1]; a scalar per tensor."""
+    name = f"{layer.name}.weight_{what}"
+    if q.scheme.granularity == "tensor":
+        return layer.builder.constant(values.reshape(()), name)
+    table = values.reshape(q.shape[0], -1, 1) if q.scheme.granularity == "group" else values.reshape(-1, 1)
+    return layer.node("Gather", [layer.builder.constant(table, name), layer.x], axis=0)
 
 
 def _prelu(layer: Layer) -> str:
@@ -167,5 +212,6 @@ _LAYERS: dict[str, Emit] = {
     "PReLU": _prelu,
     "LSTM": lstm,
     "GRU": gru,
+    "RNN": rnn,
     "Dropout": lambda layer: layer.x,
 }

@@ -1,14 +1,17 @@
-"""LSTM and GRU layers as ONNX nodes: one node a layer, both directions in it, gates in ONNX's order."""
+"""LSTM, GRU and plain recurrent layers as ONNX nodes: one node a layer, both directions in it, gates in ONNX's order."""
 
 from typing import Any
 
 import numpy as np
 
+from fewbit.errors import TargetError
 from fewbit.targets.onnx.floats_weights import Layer
 
 
 def lstm(layer: Layer) -> list[Any]:
     """[output, [h, c]]; torch's gates i, f, g, o become ONNX's i, o, f, c."""
+    if layer.config.get("proj_size"):
+        raise TargetError(f"{layer.name}: ONNX has no LSTM with projections; use proj_size=0 and a linear layer behind it")
     output, states = _stack(layer, "LSTM", [0, 3, 1, 2], 2)
     return [output, states]
 
@@ -16,6 +19,12 @@ def lstm(layer: Layer) -> list[Any]:
 def gru(layer: Layer) -> list[Any]:
     """[output, h]; torch's gates r, z, n become ONNX's z, r, h."""
     output, states = _stack(layer, "GRU", [1, 0, 2], 1)
+    return [output, states[0]]
+
+
+def rnn(layer: Layer) -> list[Any]:
+    """[output, h]."""
+    output, states = _stack(layer, "RNN", [0], 1)
     return [output, states[0]]
 
 
@@ -36,6 +45,8 @@ def _stack(layer: Layer, op_type: str, order: list[int], states: int) -> tuple[s
         attrs: dict[str, Any] = {"hidden_size": a["hidden_size"]}
         attrs |= {"direction": "bidirectional"} if directions == 2 else {}
         attrs |= {"linear_before_reset": 1} if op_type == "GRU" else {}
+        if op_type == "RNN":
+            attrs["activations"] = ["Relu" if a["nonlinearity"] == "relu" else "Tanh"] * directions
         b.nodes_of(op_type, inputs, layer.name, outputs, **attrs)
         for final, name in zip(finals, outputs[1:], strict=True):
             final.append(name)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 
 from fewbit.errors import TargetError
@@ -30,13 +31,15 @@ class Layer:
         tensor = self.op.constants[name]
         if name not in self.op.attrs.get("schemes", {}):
             return tensor.numpy()
-        return self._qtensor(name).dequantize().numpy()
+        return self.qtensor(name).dequantize().numpy()
 
-    def grouped(self, name: str) -> bool:
-        """Whether a parameter has a scale per group."""
-        return bool(self.op.attrs.get("schemes", {}).get(name, {}).get("granularity") == "group")
+    def stored_scheme(self, name: str) -> Scheme | None:
+        """How a parameter is stored as codes; None where it is float32."""
+        found = self.op.attrs.get("schemes", {}).get(name)
+        return None if found is None else Scheme.from_json(found)
 
-    def _qtensor(self, name: str) -> QTensor:
+    def qtensor(self, name: str) -> QTensor:
+        """A parameter that is stored as codes."""
         c, a = self.op.constants, self.op.attrs
         scheme = Scheme.from_json(a["schemes"][name])
         return QTensor(c[name], c[f"{name}::scale"], c[f"{name}::zero_point"], scheme, tuple(a["shapes"][name]))
@@ -54,13 +57,13 @@ class Layer:
     def weight(self, name: str, transposed: bool = False) -> str:
         """A parameter as a float32 value in the graph; ``transposed`` exchanges the two axes of a matrix."""
         if name in self.op.attrs.get("schemes", {}):
-            return dequantized(self.builder, self._qtensor(name), f"{self.name}.{name}", transposed)
+            return dequantized(self.builder, self.qtensor(name), f"{self.name}.{name}", transposed)
         array = self.array(name)
         return self.builder.constant(np.ascontiguousarray(array.T) if transposed else array, f"{self.name}.{name}")
 
     def gates(self, name: str, order: list[int]) -> str:
         """A parameter whose rows are gates, one block after the other, in another order of blocks."""
-        q = self._qtensor(name)
+        q = self.qtensor(name)
         rows = torch.arange(q.shape[0]).reshape(len(order), -1)[order].flatten()
         scale, zero = (v if v.numel() == 1 else v.reshape(q.shape[0], -1)[rows].flatten() for v in (q.scale, q.zero_point))
         return dequantized(
@@ -71,8 +74,10 @@ class Layer:
 def dequantized(builder: Builder, q: QTensor, name: str, transposed: bool = False) -> str:
     """A quantized tensor as stored codes and a DequantizeLinear; float32 where its format is no integer.
 
-    Groups lie along the last axis of a matrix [N, K] in the file as ``block_size`` along K. Groups of a tensor with
-    more axes run across several of them, which ONNX cannot say: it is stored as the matrix of its channels, and reshaped.
+    A group is a ``block_size`` along the last axis of a matrix [N, K]. Groups of a tensor with more axes run across
+    several of them, which ONNX cannot say: it is stored as the matrix of its channels, and reshaped. Only a transposed
+    matrix keeps 4-bit codes up to the DequantizeLinear, because ONNX Runtime makes one operator of that and a MatMul;
+    elsewhere a Cast, which it does once when it loads the file, spares every run the slow unpacking.
     """
     scheme = q.scheme
     if not scheme.spec.integer:
@@ -99,7 +104,7 @@ def dequantized(builder: Builder, q: QTensor, name: str, transposed: bool = Fals
             attrs["axis"] = 1 - axis
         elif scheme.granularity == "group":
             scale, zero, attrs["axis"] = scale.T, zero.T, 0
-    result = _stored(builder, scheme, [codes, scale, zero], name, attrs)
+    result = _stored(builder, scheme, [codes, scale, zero], name, attrs, packed=transposed)
     if folded is not None:
         result = _unfolded(builder, result, folded, axis, name)
         if transposed:
@@ -107,13 +112,26 @@ def dequantized(builder: Builder, q: QTensor, name: str, transposed: bool = Fals
     return result
 
 
-def _stored(builder: Builder, scheme: Scheme, parts: list[np.ndarray], name: str, attrs: dict[str, Any]) -> str:
-    codes, scale, zero = (np.ascontiguousarray(p).reshape(p.shape) for p in parts)
+def _stored(
+    builder: Builder, scheme: Scheme, parts: list[np.ndarray], name: str, attrs: dict[str, Any], packed: bool
+) -> str:
+    codes, scale, zero = parts
     kind = storage_type(scheme, name)
-    stored = [builder.constant(_coded(codes, kind), name), builder.constant(scale, f"{name}_scale")]
+    stored = [stored_codes(builder, codes, scheme, name, packed), builder.constant(scale.copy(), f"{name}_scale")]
     if zero.any() or kind == "uint4":
-        stored.append(builder.constant(_coded(zero, kind), f"{name}_zero_point"))
+        wide = kind if packed or not kind.endswith("int4") else kind.replace("4", "8")
+        stored.append(builder.constant(_coded(zero, wide), f"{name}_zero_point"))
     return builder.node("DequantizeLinear", stored, name, **attrs)
+
+
+def stored_codes(builder: Builder, codes: np.ndarray, scheme: Scheme, name: str, packed: bool = False) -> str:
+    """Codes as an initializer, two to a byte where they fit 4 bits; not ``packed``: an 8-bit value made from it."""
+    kind = storage_type(scheme, name)
+    stored = builder.constant(_coded(codes, kind), name)
+    if packed or not kind.endswith("int4"):
+        return stored
+    wide = onnx.TensorProto.INT8 if kind == "int4" else onnx.TensorProto.UINT8
+    return builder.node("Cast", [stored], name, to=wide)
 
 
 def storage_type(scheme: Scheme, name: str) -> str:
@@ -126,6 +144,7 @@ def storage_type(scheme: Scheme, name: str) -> str:
 
 
 def _coded(array: np.ndarray, kind: str) -> np.ndarray:
+    array = np.array(array, order="C")
     return int4(array, kind == "int4") if kind.endswith("int4") else array.astype(kind)
 
 
