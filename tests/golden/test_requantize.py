@@ -166,3 +166,24 @@ def test_impossible_scales_are_refused():
             rule(torch.tensor([1]), torch.tensor(torch.nan), 0, *limits)
     with pytest.raises(FormatError, match="no 16-bit multiplier at shift 24"):
         q16_constants(torch.tensor([0.001, 0.5]), 24)
+
+
+def test_f32_even_multiplies_in_float32():
+    """A product just beside a tie may become the tie in float32, and then goes to even."""
+    generator = np.random.default_rng(1)
+    acc = generator.integers(-30_000, 30_000, (1000, 1), dtype=np.int32)
+    scale = generator.uniform(1e-3, 4e-3, (1, 3000)).astype(np.float32)
+    exact = np.clip(np.rint(acc.astype(np.float64) * scale), *limits)
+    found = f32_even(torch.from_numpy(acc), torch.from_numpy(scale), 0, *limits).numpy()
+    rows, columns = np.nonzero(found != exact)
+    assert len(rows) >= 5, "the examples must tell the two apart"
+    for row, column in zip(rows, columns, strict=True):
+        expected = f32_even_by_definition(int(acc[row, 0]), scale[0, column], 0)
+        assert found[row, column] == expected
+    assert np.array_equal(found, np.clip(np.rint(acc.astype(np.float32) * scale), *limits))
+
+
+def test_f32_even_rounds_large_accumulators_first():
+    """2**24 + 1 and 2**24 + 3 are no float32 numbers: they become 2**24 and 2**24 + 4."""
+    acc = torch.tensor([2**24 + 1, 2**24 + 2, 2**24 + 3], dtype=torch.int32)
+    assert f32_even(acc, torch.tensor(1.0), -(2**24), -128, 127).tolist() == [0, 2, 4]

@@ -68,10 +68,16 @@ def test_mse_is_as_good_as_brute_force(name, scheme):
     assert squared_error(x, lo.item(), hi.item(), scheme) <= 1.02 * brute_force(x, scheme)
 
 
-@pytest.mark.parametrize("bits", [12, 16])
-def test_mse_is_not_fooled_where_steps_are_finer_than_bins(bits):
-    """With thousands of levels clipping does not pay, and the error seen in 2,048 bins must say so."""
+@pytest.mark.parametrize("bits", [12, 14, 16])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_mse_is_not_fooled_where_steps_are_finer_than_bins(bits, sparse):
+    """With thousands of levels clipping hardly pays, and the error seen in 2,048 bins must say so.
+
+    Nor do exact zeros have an error that a narrower range could lessen, however many they are.
+    """
     x = distribution("normal")
+    if sparse:
+        x = torch.cat((x.relu(), torch.zeros(2_000_000)))
     scheme = Scheme(f"int{bits}")
     observer = make_observer("mse", scheme)
     observer.update(x)
@@ -236,6 +242,10 @@ def test_histogram_counts_are_those_of_numpy_style_counting(name):
     for j in range(128):
         expected = int(((values >= edges[j]) & (values < edges[j + 1])).sum())
         assert histogram.counts[0, j].item() == expected
+    others = values[values != 0]
+    for j in range(128):
+        expected = int(((others >= edges[j]) & (others < edges[j + 1])).sum())
+        assert histogram.nonzero_counts()[0, j].item() == expected
     assert histogram.counts.sum().item() == x.numel()
     assert histogram.zeros.item() == int((x == 0).sum())
     used = math.ceil((x.max().item() - x.min().item()) / (edges[1] - edges[0]))
