@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"numerics"},
     {"plan"},
     {"model"},
-    {"passes", "observers", "rounding", "pruning", "training", "targets", "evaluate"},
+    {"passes", "observers", "rounding", "pruning", "training", "targets", "evaluation"},
     {"search"},
     {"pipeline"},  # and every other file directly under src/fewbit that has no layer of its own
     {"report"},
@@ -43,7 +43,7 @@ HEAVY = {
     "matplotlib",
 }
 # Units that may load heavy modules at once, because nothing loads them before they are needed.
-LATE_UNITS = {"targets", "evaluate", "gate", "deploy", "report", "demo", "cli"}
+LATE_UNITS = {"targets", "evaluation", "gate", "deploy", "report", "demo", "cli"}
 
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}

@@ -5,12 +5,18 @@ import numpy as np
 
 
 def quantize(request: harness.Request) -> harness.Answer:
-    """Int8, min-max, AIMET's default configuration, integer constants; the simulation is its own session."""
+    """Min-max, AIMET's default configuration, integer constants; the simulation is its own session.
+
+    Option "int4": 4-bit weights.
+    """
     import aimet_onnx
     import onnx
 
     sim = aimet_onnx.QuantizationSimModel(
-        onnx.load(str(request.float_onnx)), param_type="int8", activation_type="int8", quant_scheme="min_max"
+        onnx.load(str(request.float_onnx)),
+        param_type="int4" if "int4" in request.options else "int8",
+        activation_type="int8",
+        quant_scheme="min_max",
     )
     sim.compute_encodings([{"input": batch} for batch in harness.batches(request.calibration, 1)])
     simulated = np.concatenate(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import ArtifactError, ModelError, TargetError
-from fewbit.evaluate.latency import Latency, latency, ratio
+from fewbit.evaluation.latency import Latency, latency, ratio
 from fewbit.gate import Verification, check_file, refuse_if_wrong
 from fewbit.model.lowering import lower
 from fewbit.model.program import Program

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
-import fewbit.evaluate
-from fewbit.evaluate.agreement import Agreement
-from fewbit.evaluate.costs import LayerBops, LayerCost
-from fewbit.evaluate.energy import Energy
-from fewbit.evaluate.latency import Latency, Ratio
-from fewbit.evaluate.layers import LayerError, LayerErrors
-from fewbit.evaluate.measure import Candidate, Measurement
-from fewbit.evaluate.memory import ActivationPeak, PeakMemory
-from fewbit.evaluate.metrics import Report
-from fewbit.evaluate.size import Sizes, TensorSize
+import fewbit.evaluation
+from fewbit.evaluation.agreement import Agreement
+from fewbit.evaluation.costs import LayerBops, LayerCost
+from fewbit.evaluation.energy import Energy
+from fewbit.evaluation.latency import Latency, Ratio
+from fewbit.evaluation.layers import LayerError, LayerErrors
+from fewbit.evaluation.measure import Candidate, Measurement
+from fewbit.evaluation.memory import ActivationPeak, PeakMemory
+from fewbit.evaluation.metrics import Report
+from fewbit.evaluation.size import Sizes, TensorSize
 
-TOPICS = sorted(each.name for each in pkgutil.iter_modules(fewbit.evaluate.__path__))
+TOPICS = sorted(each.name for each in pkgutil.iter_modules(fewbit.evaluation.__path__))
 LATENCY = Latency(2.0, 1.0, 3.0, 1, (2.0,))
 SIZES = Sizes((TensorSize("w", "float32", (2, 3), 24),), 24, 100)
 ENERGY = Energy(1e-3, "estimated", "counts", assumptions=("one",))
@@ -54,7 +54,7 @@ RESULTS: list[Any] = [
 def _results_in_the_package() -> set[str]:
     names = set()
     for topic in TOPICS:
-        module = importlib.import_module(f"fewbit.evaluate.{topic}")
+        module = importlib.import_module(f"fewbit.evaluation.{topic}")
         for name, value in vars(module).items():
             own = isinstance(value, type) and value.__module__ == module.__name__
             if own and dataclasses.is_dataclass(value) and hasattr(value, "to_json"):
@@ -77,7 +77,7 @@ def test_results_are_frozen_readable_and_plain_json(result: Any) -> None:
 
 def test_no_topic_imports_a_heavy_library() -> None:
     heavy = ("onnx", "onnxruntime", "sklearn", "torchmetrics", "psutil", "rich", "matplotlib")
-    topics = ", ".join(f"fewbit.evaluate.{topic}" for topic in TOPICS)
+    topics = ", ".join(f"fewbit.evaluation.{topic}" for topic in TOPICS)
     code = f"import sys, {topics}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

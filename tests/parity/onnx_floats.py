@@ -1,4 +1,4 @@
-"""The real path of a float model into ONNX Runtime: read, lower without a quantizer, write, check, run, compare."""
+"""The real path of a float model into ONNX Runtime: read, lower, write, check, run, compare."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -83,6 +83,8 @@ def check(
         assert len(found) == len(expected)
         for i, (f, e) in enumerate(zip(found, expected, strict=True)):
             assert f.shape == tuple(e.shape), f"output {i}: shape {f.shape}, torch has {tuple(e.shape)}"
-            assert str(f.dtype) == str(e.dtype).removeprefix("torch."), f"output {i}: {f.dtype}, torch has {e.dtype}"
+            assert str(f.dtype) == str(e.dtype).removeprefix("torch."), (
+                f"output {i}: {f.dtype}, torch has {e.dtype}"
+            )
             np.testing.assert_allclose(f, e.numpy(), rtol=rtol, atol=atol, err_msg=f"output {i}")
     return model

@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewbit.errors import ModelError
-from fewbit.evaluate.costs import LayerCost, activation_bits, bits_of, bops, macs
-from fewbit.evaluate.memory import activation_peak_bytes
+from fewbit.evaluation.costs import LayerCost, activation_bits, bits_of, bops, macs
+from fewbit.evaluation.memory import activation_peak_bytes
 from fewbit.model.graph import refresh
 
 aten = torch.ops.aten

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fewbit.errors import FewbitError
-from fewbit.evaluate.costs import LayerCost
-from fewbit.evaluate.energy import energy, estimated_energy, measured_energy
+from fewbit.evaluation.costs import LayerCost
+from fewbit.evaluation.energy import energy, estimated_energy, measured_energy
 
 RANGE = 1_000_000
 

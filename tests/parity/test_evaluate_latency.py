@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fewbit.errors import FewbitError
-from fewbit.evaluate.latency import Latency, latency, ratio
+from fewbit.evaluation.latency import Latency, latency, ratio
 
 
 class Machine:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fewbit.errors import ModelError
-from fewbit.evaluate.layers import layer_errors
+from fewbit.evaluation.layers import layer_errors
 
 aten = torch.ops.aten
 

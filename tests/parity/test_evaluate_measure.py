@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fewbit.errors import ArtifactError, ModelError
-from fewbit.evaluate.costs import LayerCost
-from fewbit.evaluate.measure import Artifact, measure
-from fewbit.evaluate.memory import PeakMemory, peak_memory
+from fewbit.evaluation.costs import LayerCost
+from fewbit.evaluation.measure import Artifact, measure
+from fewbit.evaluation.memory import PeakMemory, peak_memory
 from fewbit.model.graph import refresh
 
 MEGABYTE = 2**20

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewbit.errors import DataError, ModelError, RecipeError
-from fewbit.evaluate.metrics import Settings, evaluate
+from fewbit.evaluation.metrics import Settings, evaluate
 
 ALL = ["accuracy", "top_k", "precision", "recall", "f1", "confusion_matrix", "perplexity"]
 

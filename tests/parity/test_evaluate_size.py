@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fewbit.errors import ArtifactError
-from fewbit.evaluate.size import size_by_tensor
+from fewbit.evaluation.size import size_by_tensor
 
 
 def test_a_module_counts_shared_tensors_once_and_each_dtype_by_its_width() -> None:

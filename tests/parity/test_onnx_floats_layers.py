@@ -13,7 +13,9 @@ def _trained(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
             if tensor.is_floating_point():
-                tensor.copy_(torch.rand_like(tensor) * 0.5 + 0.3 if "var" in name else torch.randn_like(tensor) * 0.4)
+                tensor.copy_(
+                    torch.rand_like(tensor) * 0.5 + 0.3 if "var" in name else torch.randn_like(tensor) * 0.4
+                )
     return module
 
 
@@ -24,7 +26,10 @@ def _shape(*sizes: int) -> Tensor:
 LAYERS = {
     "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1), _shape(2, 4, 11)),
     "conv1d_same": (nn.Conv1d(4, 6, 4, padding="same", dilation=2), _shape(2, 4, 11)),
-    "conv2d_grouped": (nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2), _shape(2, 4, 9, 8)),
+    "conv2d_grouped": (
+        nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2),
+        _shape(2, 4, 9, 8),
+    ),
     "conv2d_depthwise_no_bias": (nn.Conv2d(4, 4, 3, groups=4, bias=False), _shape(2, 4, 7, 7)),
     "conv2d_reflect": (nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect"), _shape(2, 3, 6, 7)),
     "conv2d_replicate": (nn.Conv2d(3, 5, 3, padding=(2, 1), padding_mode="replicate"), _shape(2, 3, 6, 7)),
@@ -32,7 +37,9 @@ LAYERS = {
     "conv3d": (nn.Conv3d(2, 3, (2, 3, 3), padding=(0, 1, 1), stride=(1, 2, 1)), _shape(2, 2, 4, 7, 6)),
     "conv_transpose1d": (nn.ConvTranspose1d(4, 6, 3, stride=3, padding=1, output_padding=2), _shape(2, 4, 5)),
     "conv_transpose2d": (
-        nn.ConvTranspose2d(4, 6, (3, 2), stride=2, padding=(1, 0), output_padding=1, groups=2, dilation=(1, 2)),
+        nn.ConvTranspose2d(
+            4, 6, (3, 2), stride=2, padding=(1, 0), output_padding=1, groups=2, dilation=(1, 2)
+        ),
         _shape(2, 4, 5, 6),
     ),
     "conv_transpose3d": (nn.ConvTranspose3d(2, 3, 2, stride=2, bias=False), _shape(2, 2, 3, 4, 3)),
@@ -55,7 +62,10 @@ LAYERS = {
     "rms_norm_plain": (nn.RMSNorm(6, elementwise_affine=False), _shape(3, 6)),
     "instance_norm": (nn.InstanceNorm2d(3, affine=True), _shape(2, 3, 5, 4)),
     "instance_norm_plain": (nn.InstanceNorm1d(3), _shape(2, 3, 5)),
-    "instance_norm_tracked": (nn.InstanceNorm2d(3, affine=True, track_running_stats=True), _shape(2, 3, 5, 4)),
+    "instance_norm_tracked": (
+        nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+        _shape(2, 3, 5, 4),
+    ),
     "instance_norm3d": (nn.InstanceNorm3d(2), _shape(2, 2, 3, 4, 3)),
     "embedding": (nn.Embedding(10, 4), torch.tensor([[1, 9, 0], [3, 3, 2]])),
     "dropout": (nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)), _shape(2, 4)),
@@ -66,7 +76,9 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer(name: str) -> None:
     module, x = LAYERS[name]
-    check(_trained(module), x, batch_only=name == "group_norm_plain")  # torch fixes the batch of that one otherwise
+    check(
+        _trained(module), x, batch_only=name == "group_norm_plain"
+    )  # torch fixes the batch of that one otherwise
 
 
 class _Recurrent(nn.Module):
@@ -101,4 +113,6 @@ RECURRENT = {
 def test_recurrent(name: str) -> None:
     layer, states = RECURRENT[name]
     depth = layer.num_layers * (2 if layer.bidirectional else 1)
-    check(_Recurrent(_trained(layer), states), _shape(3, 6, 5), _shape(3, depth, 4), _shape(3, depth, 4) * 0.5)
+    check(
+        _Recurrent(_trained(layer), states), _shape(3, 6, 5), _shape(3, depth, 4), _shape(3, depth, 4) * 0.5
+    )

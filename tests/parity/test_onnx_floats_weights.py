@@ -1,4 +1,4 @@
-"""Layers that compute in float with weights stored as codes: the file is smaller, and answers as the codes say."""
+"""Float layers with weights stored as codes: the file is smaller, and answers as the codes say."""
 
 import copy
 import re
@@ -103,10 +103,18 @@ def test_weight_only(layer: str, scheme: str) -> None:
 
 def _codes_bytes(model: onnx.ModelProto) -> int:
     """Bytes of the initializers that hold more than scales and zero points."""
-    kinds = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.INT8, onnx.TensorProto.UINT8,
-             onnx.TensorProto.INT16, onnx.TensorProto.UINT16}  # fmt: skip
+    kinds = {
+        onnx.TensorProto.INT4,
+        onnx.TensorProto.UINT4,
+        onnx.TensorProto.INT8,
+        onnx.TensorProto.UINT8,
+        onnx.TensorProto.INT16,
+        onnx.TensorProto.UINT16,
+    }
     return sum(
-        len(t.raw_data) for t in model.graph.initializer if t.data_type in kinds and "zero_point" not in t.name
+        len(t.raw_data)
+        for t in model.graph.initializer
+        if t.data_type in kinds and "zero_point" not in t.name
     )
 
 
@@ -127,7 +135,9 @@ def test_narrow_linear_layers_run_as_matmulnbits(layer: str, scheme: str, tmp_pa
 
 def test_a_projected_lstm_is_refused_by_name() -> None:
     lowered = program(nn.Sequential(nn.LSTM(6, 8, proj_size=4)), torch.randn(5, 2, 6))
-    with pytest.raises(TargetError, match=r"0: ONNX has no LSTM with projections; use proj_size=0 and a linear layer"):
+    with pytest.raises(
+        TargetError, match=r"0: ONNX has no LSTM with projections; use proj_size=0 and a linear layer"
+    ):
         written(lowered)
 
 

@@ -387,8 +387,9 @@ def quantize_table(values: Tensor, out: Coding) -> Tensor:
 def config(module: nn.Module) -> dict[str, Any]:
     """Constructor arguments of a standard layer, as JSON: what its type declares and the module still holds."""
     names = [p for p in inspect.signature(type(module).__init__).parameters if p not in ("self", "device", "dtype")]
-    if isinstance(module, nn.LSTM | nn.GRU):
+    if isinstance(module, nn.RNNBase):
         names = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"]
+        names += ["proj_size"] if isinstance(module, nn.LSTM) else ["nonlinearity"] if isinstance(module, nn.RNN) else []
     found: dict[str, Any] = {}
     for name in names:
         if not hasattr(module, name):

@@ -16,7 +16,7 @@ from fewbit.numerics.scheme import Scheme
 _DYNAMIC = Scheme("uint8", symmetric=False, dynamic=True)
 MODULES = (
     "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Linear BatchNorm1d BatchNorm2d BatchNorm3d "
-    "LayerNorm GroupNorm RMSNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d Embedding LSTM GRU Dropout"
+    "LayerNorm GroupNorm RMSNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d Embedding PReLU LSTM GRU RNN Dropout"
 ).split()
 _INTEGERS: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg")

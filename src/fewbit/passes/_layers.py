@@ -61,6 +61,37 @@ def scale_outputs(layer: Weighted, weight: Tensor, factor: Tensor) -> Tensor:
     return (grouped * factor.reshape(layer.groups, 1, -1, *ones)).reshape(weight.shape)
 
 
+def by_input(layer: Weighted, weight: Tensor) -> Tensor:
+    """`weight` with input channels first, in the order of the layer's input: [inputs, ...]."""
+    if isinstance(layer, nn.Linear):
+        return weight.t()
+    if isinstance(layer, TRANSPOSED):
+        return weight
+    grouped = weight.reshape(layer.groups, -1, *weight.shape[1:]).transpose(1, 2)
+    return grouped.reshape(layer.in_channels, -1, *weight.shape[2:])
+
+
+def scale_inputs(layer: Weighted, weight: Tensor, factor: Tensor) -> Tensor:
+    """`weight` with input channel c multiplied by `factor[c]`; [C] with the layer's input channels."""
+    if isinstance(layer, nn.Linear):
+        return weight * factor
+    ones = [1] * (weight.dim() - 2)
+    if isinstance(layer, TRANSPOSED):
+        return weight * factor.reshape(-1, 1, *ones)
+    grouped = weight.reshape(layer.groups, -1, *weight.shape[1:])
+    return (grouped * factor.reshape(layer.groups, 1, -1, *ones)).reshape(weight.shape)
+
+
+def channels_out(layer: Weighted) -> int:
+    """Number of output channels (features of a linear layer)."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+def channels_in(layer: Weighted) -> int:
+    """Number of input channels (features of a linear layer)."""
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+
 def store(name: str, layer: Weighted, weight: Tensor, bias: Tensor | None) -> None:
     """Give a layer new values in its own dtype; ModelError, and no change, if one is not finite there."""
     values = {"weight": weight, "bias": bias}

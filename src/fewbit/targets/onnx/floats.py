@@ -17,7 +17,7 @@ RULES: dict[str, Rule] = {
 
 
 def emit_float(builder: Builder, op: Op, inputs: list[Any]) -> Any:
-    """Nodes for a torch operator, a standard layer or a sum of sizes; returns the output's name, or a list of them."""
+    """Nodes for a torch operator, a layer or arithmetic of sizes; returns the output's name, or a list of them."""
     if op.kind == "module":
         return emit_module(builder, op, inputs)
     if op.kind == "integers":
@@ -33,7 +33,7 @@ def emit_float(builder: Builder, op: Op, inputs: list[Any]) -> Any:
 
 
 def _integers(builder: Builder, op: Op, inputs: list[Any]) -> str:
-    """Arithmetic of sizes, on int64 vectors of one element. ONNX divides towards zero; torch takes the floor."""
+    """Arithmetic of sizes, int64 vectors of one element. ONNX divides towards zero; torch takes the floor."""
 
     def node(op_type: str, *names: str) -> str:
         return builder.node(op_type, list(names), op.layer)
@@ -42,4 +42,6 @@ def _integers(builder: Builder, op: Op, inputs: list[Any]) -> str:
     names = [builder.ints([v]) if isinstance(v, int) else str(v) for v in values]
     if op.attrs["target"] == "floordiv":
         return node("Div", node("Sub", names[0], node("Mod", *names)), names[1])
-    return node({"add": "Add", "sub": "Sub", "mul": "Mul", "mod": "Mod", "neg": "Neg"}[op.attrs["target"]], *names)
+    return node(
+        {"add": "Add", "sub": "Sub", "mul": "Mul", "mod": "Mod", "neg": "Neg"}[op.attrs["target"]], *names
+    )

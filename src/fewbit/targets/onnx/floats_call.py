@@ -1,4 +1,4 @@
-"""One call of a torch operator as a writer of ONNX nodes sees it: arguments by name, tensors as ONNX values."""
+"""One call of a torch operator as a writer of nodes sees it: arguments by name, tensors as ONNX values."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,14 +12,27 @@ from fewbit.model.program import Op, aten, decode_args
 from fewbit.targets.onnx.builder import Builder
 
 NUMPY = {
-    "float32": np.float32, "float64": np.float64, "float16": np.float16, "int64": np.int64, "int32": np.int32,
-    "int16": np.int16, "int8": np.int8, "uint8": np.uint8, "bool": np.bool_,
-}  # fmt: skip
+    "float32": np.float32,
+    "float64": np.float64,
+    "float16": np.float16,
+    "int64": np.int64,
+    "int32": np.int32,
+    "int16": np.int16,
+    "int8": np.int8,
+    "uint8": np.uint8,
+    "bool": np.bool_,
+}
 TYPES = {
-    "float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE, "float16": TensorProto.FLOAT16,
-    "int64": TensorProto.INT64, "int32": TensorProto.INT32, "int16": TensorProto.INT16, "int8": TensorProto.INT8,
-    "uint8": TensorProto.UINT8, "bool": TensorProto.BOOL,
-}  # fmt: skip
+    "float32": TensorProto.FLOAT,
+    "float64": TensorProto.DOUBLE,
+    "float16": TensorProto.FLOAT16,
+    "int64": TensorProto.INT64,
+    "int32": TensorProto.INT32,
+    "int16": TensorProto.INT16,
+    "int8": TensorProto.INT8,
+    "uint8": TensorProto.UINT8,
+    "bool": TensorProto.BOOL,
+}
 END = 2**63 - 1
 
 
@@ -27,8 +40,9 @@ END = 2**63 - 1
 class Value:
     """A tensor or a symbolic size: its ONNX name, and what torch knows of it.
 
-    ``dtype`` is torch's name of the type; where codes are moved about, the type that they stand for. ``shape`` has
-    None for free sizes and is None where even the rank is unknown. A symbolic size is an int64 vector of one element.
+    ``dtype`` is torch's name of the type; where codes are moved about, the type that they stand for.
+    ``shape`` has None for free sizes and is None where even the rank is unknown. A symbolic size is an int64
+    vector of one element.
     """
 
     name: str
@@ -60,7 +74,7 @@ class Call:
     def get(self, name: str, default: Any = None) -> Any:
         return self.arguments.get(name, default)
 
-    # ---- what is known of the arguments -----------------------------------------------------------------------------
+    # ---- what is known of the arguments ----
 
     def rank(self, value: Value) -> int:
         """The number of dimensions. Raises ``TargetError`` where the program does not say."""
@@ -85,10 +99,11 @@ class Call:
 
     def error(self, reason: str) -> TargetError:
         return TargetError(
-            f"{self.layer}: {self.target} cannot be written as ONNX: {reason}; replace the operator, or cut it off the model"
+            f"{self.layer}: {self.target} cannot be written as ONNX: {reason}; "
+            "replace the operator, or cut it off the model"
         )
 
-    # ---- nodes ------------------------------------------------------------------------------------------------------
+    # ---- nodes ----
 
     def node(self, op_type: str, inputs: list[Any], **attrs: Any) -> str:
         """A node; inputs are values, names or "" for one left out."""

@@ -1,4 +1,4 @@
-"""Writes an operator that has no rule of its own: torch exports it alone, and its nodes join the graph under construction."""
+"""Writes an operator without a rule of its own: torch exports it alone, and its nodes join the graph."""
 
 import contextlib
 import copy
@@ -20,11 +20,10 @@ from fewbit.targets.onnx.builder import OPSET, Builder
 from fewbit.targets.onnx.floats_call import Call, Value
 
 _FREE = 4  # a size for the dimensions that are free; torch treats 0 and 1 as special
-_DTYPES = {"float32": torch.float32, "int64": torch.int64, "int32": torch.int32, "bool": torch.bool, "uint8": torch.uint8}
 
 
 def emit_alone(c: Call) -> Any:
-    """The operator's nodes; its output's name, or a list of them. Raises ``TargetError`` where torch cannot export it."""
+    """The nodes of one operator; its output's name, or a list. Raises ``TargetError`` if torch cannot either."""
     tensors = list(dict.fromkeys(v for v in pytree.tree_leaves(c.inputs) if isinstance(v, Value)))
     try:
         model = _exported(c, tensors)
@@ -49,9 +48,13 @@ class _Alone(nn.Module):
 
     def forward(self, given: list[Tensor]) -> Any:
         table = dict(zip(self.names, given, strict=True))
-        inputs = pytree.tree_map_only(Value, lambda v: table[v.name], self.inputs, is_leaf=lambda v: isinstance(v, Value))
+        inputs = pytree.tree_map_only(
+            Value, lambda v: table[v.name], self.inputs, is_leaf=lambda v: isinstance(v, Value)
+        )
         kwargs = {k: decode_args(v, inputs) for k, v in self.kwargs.items()}
-        return self.operator(*decode_args(self.args, inputs), **{k: v for k, v in kwargs.items() if v is not None})
+        return self.operator(
+            *decode_args(self.args, inputs), **{k: v for k, v in kwargs.items() if v is not None}
+        )
 
 
 def _exported(c: Call, tensors: list[Value]) -> onnx.ModelProto:
@@ -62,9 +65,14 @@ def _exported(c: Call, tensors: list[Value]) -> onnx.ModelProto:
     shapes = [{i: auto for i, s in enumerate(v.shape or ()) if s is None} for v in tensors]
     with _silence():
         program = torch.onnx.export(
-            _Alone(c, tensors).eval(), (examples,), dynamo=True, dynamic_shapes=(shapes,), opset_version=OPSET,
-            verbose=False, optimize=True,
-        )  # fmt: skip
+            _Alone(c, tensors).eval(),
+            (examples,),
+            dynamo=True,
+            dynamic_shapes=(shapes,),
+            opset_version=OPSET,
+            verbose=False,
+            optimize=True,
+        )
     if program is None:
         raise TargetError("the exporter gave no answer")
     model = program.model_proto
@@ -76,7 +84,7 @@ def _exported(c: Call, tensors: list[Value]) -> onnx.ModelProto:
 
 def _example(value: Value) -> Tensor:
     sizes = [_FREE if s is None else s for s in value.shape or ()]
-    dtype = _DTYPES[value.dtype]
+    dtype: torch.dtype = getattr(torch, value.dtype)
     return torch.rand(sizes) if dtype == torch.float32 else torch.zeros(sizes, dtype=dtype)
 
 
@@ -97,7 +105,7 @@ def _silence() -> Iterator[None]:
 def _spliced(builder: Builder, model: onnx.ModelProto, inputs: list[str], layer: str) -> list[str]:
     """Copy nodes and initializers into the graph under names of their own; returns the outputs' names.
 
-    Inputs that the exporter dropped because nothing reads them are matched by position all the same: it keeps unused ones.
+    Inputs are matched by position: the exporter keeps those that nothing reads.
     """
     graph = model.graph
     names = dict(zip([i.name for i in graph.input], inputs, strict=True))
@@ -112,7 +120,7 @@ def _spliced(builder: Builder, model: onnx.ModelProto, inputs: list[str], layer:
 
 
 def _renamed(node: onnx.NodeProto, names: dict[str, str], name: str) -> onnx.NodeProto:
-    """A node with other names, in the bodies of its branches and loops too (what they define themselves stays)."""
+    """A node with other names, inside branches and loops too (what those define themselves stays)."""
     new = copy.deepcopy(node)
     new.name = name
     del new.metadata_props[:]

@@ -65,7 +65,9 @@ def _log_sigmoid(c: Call) -> str:
 
 def _threshold(c: Call) -> str:
     x = _input(c)
-    return c.node("Where", [c.node("Greater", [x, c.cast(c["threshold"], c.dtype)]), x, c.cast(c["value"], c.dtype)])
+    return c.node(
+        "Where", [c.node("Greater", [x, c.cast(c["threshold"], c.dtype)]), x, c.cast(c["value"], c.dtype)]
+    )
 
 
 def _hardshrink(c: Call) -> str:
@@ -124,7 +126,7 @@ def _prelu(c: Call) -> str:
     return c.node("PRelu", [x, slope])
 
 
-# ---- between two tensors -------------------------------------------------------------------------------------------
+# ---- between two tensors ----
 
 
 def _binary(op_type: str) -> Rule:
@@ -238,14 +240,46 @@ def _arange(c: Call) -> str:
 
 
 _UNARY = {
-    "relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh", "selu": "Selu", "mish": "Mish", "hardswish": "HardSwish",
-    "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "reciprocal": "Reciprocal", "abs": "Abs", "neg": "Neg", "sign": "Sign",
-    "sin": "Sin", "cos": "Cos", "tan": "Tan", "asin": "Asin", "acos": "Acos", "atan": "Atan", "sinh": "Sinh",
-    "cosh": "Cosh", "asinh": "Asinh", "acosh": "Acosh", "atanh": "Atanh", "erf": "Erf", "floor": "Floor",
-    "ceil": "Ceil", "round": "Round", "isnan": "IsNaN", "isinf": "IsInf",
-}  # fmt: skip
+    "relu": "Relu",
+    "sigmoid": "Sigmoid",
+    "tanh": "Tanh",
+    "selu": "Selu",
+    "mish": "Mish",
+    "hardswish": "HardSwish",
+    "exp": "Exp",
+    "log": "Log",
+    "sqrt": "Sqrt",
+    "reciprocal": "Reciprocal",
+    "abs": "Abs",
+    "neg": "Neg",
+    "sign": "Sign",
+    "sin": "Sin",
+    "cos": "Cos",
+    "tan": "Tan",
+    "asin": "Asin",
+    "acos": "Acos",
+    "atan": "Atan",
+    "sinh": "Sinh",
+    "cosh": "Cosh",
+    "asinh": "Asinh",
+    "acosh": "Acosh",
+    "atanh": "Atanh",
+    "erf": "Erf",
+    "floor": "Floor",
+    "ceil": "Ceil",
+    "round": "Round",
+    "isnan": "IsNaN",
+    "isinf": "IsInf",
+}
 _PAIRS = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "maximum": "Max", "minimum": "Min"}
-_COMPARISONS = {"eq": "Equal", "ne": "Differs", "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual"}
+_COMPARISONS = {
+    "eq": "Equal",
+    "ne": "Differs",
+    "lt": "Less",
+    "le": "LessOrEqual",
+    "gt": "Greater",
+    "ge": "GreaterOrEqual",
+}
 
 RULES: dict[str, Rule] = {
     **{f"aten.{name}.default": _plain(op_type) for name, op_type in _UNARY.items()},
@@ -292,10 +326,22 @@ RULES: dict[str, Rule] = {
     "aten.masked_fill.Tensor": _masked_fill,
     "aten.to.dtype": _cast,
     "aten._to_copy.default": _cast,
-    **{f"aten.{n}.default": _full for n in ("full", "zeros", "ones", "full_like", "zeros_like", "ones_like",
-                                            "new_zeros", "new_ones", "new_full")},
+    **{
+        f"aten.{n}.default": _full
+        for n in (
+            "full",
+            "zeros",
+            "ones",
+            "full_like",
+            "zeros_like",
+            "ones_like",
+            "new_zeros",
+            "new_ones",
+            "new_full",
+        )
+    },
     "aten.arange.default": _arange,
     "aten.arange.start": _arange,
     "aten.arange.start_step": _arange,
-}  # fmt: skip
+}
 __all__ = ["RULES", "TYPES"]

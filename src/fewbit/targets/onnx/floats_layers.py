@@ -17,10 +17,12 @@ Emit = Callable[[Layer], Any]
 
 
 def emit_module(builder: Builder, op: Op, inputs: list[Any]) -> Any:
-    """Nodes for a standard layer; returns the output's name, or the nested list of them that the layer answers with."""
+    """Nodes for a standard layer; returns the output's name, or nested lists of them as the layer answers."""
     kind = op.attrs["type"]
     if kind not in _LAYERS:
-        raise TargetError(f"{op.layer}: a {kind} layer cannot be written as ONNX; replace it by a standard layer")
+        raise TargetError(
+            f"{op.layer}: a {kind} layer cannot be written as ONNX; replace it by a standard layer"
+        )
     return _LAYERS[kind](Layer(builder, op, decode_args(op.attrs["args"], inputs)))
 
 
@@ -51,9 +53,14 @@ def _convolution(dims: int) -> Emit:
                 x = layer.node("Pad", [x, layer.builder.ints(pads), "", axes], mode=name)
                 inner = [0] * (2 * dims)
             return layer.node(
-                "Conv", [x, layer.weight("weight"), *layer.optional("bias")], kernel_shape=kernel, pads=inner,
-                strides=stride, dilations=dilation, group=a["groups"],
-            )  # fmt: skip
+                "Conv",
+                [x, layer.weight("weight"), *layer.optional("bias")],
+                kernel_shape=kernel,
+                pads=inner,
+                strides=stride,
+                dilations=dilation,
+                group=a["groups"],
+            )
 
         return _with_batch(layer, dims, body)
 
@@ -78,9 +85,15 @@ def _transposed(dims: int) -> Emit:
 
         def body(x: str) -> str:
             return layer.node(
-                "ConvTranspose", [x, layer.weight("weight"), *layer.optional("bias")], kernel_shape=kernel,
-                pads=pads * 2, strides=stride, dilations=dilation, group=a["groups"], output_padding=extra,
-            )  # fmt: skip
+                "ConvTranspose",
+                [x, layer.weight("weight"), *layer.optional("bias")],
+                kernel_shape=kernel,
+                pads=pads * 2,
+                strides=stride,
+                dilations=dilation,
+                group=a["groups"],
+                output_padding=extra,
+            )
 
         return _with_batch(layer, dims, body)
 
@@ -88,14 +101,18 @@ def _transposed(dims: int) -> Emit:
 
 
 def _linear(layer: Layer) -> str:
-    """Gemm for matrices and for weights that are to be float32 exactly; MatMul for 4 bits, groups, and float weights.
+    """Gemm for matrices and for weights of 5 and more bits; MatMul for 4 bits, groups, and float weights.
 
-    ONNX Runtime makes MatMulNBits of a DequantizeLinear and a MatMul: many times faster at 4 bits, but by its own
-    default that operator rounds the input to 8 bits, which weights of 8 bits would notice.
+    ONNX Runtime makes MatMulNBits of a DequantizeLinear and a MatMul: many times faster at 4 bits, but by its
+    own default that operator rounds the input to 8 bits, which weights of 8 bits would notice.
     """
     bias = layer.optional("bias")
     scheme = layer.stored_scheme("weight")
-    narrow = scheme is not None and scheme.spec.integer and (scheme.granularity == "group" or scheme.spec.bits <= 4)
+    narrow = (
+        scheme is not None
+        and scheme.spec.integer
+        and (scheme.granularity == "group" or scheme.spec.bits <= 4)
+    )
     if layer.rank == 2 and not narrow:
         return layer.node("Gemm", [layer.x, layer.weight("weight"), *bias], transB=1)
     if layer.rank > 2 and scheme is not None and not narrow:
@@ -110,7 +127,9 @@ def _linear_rows(layer: Layer, bias: list[str]) -> str:
     rows = layer.node("Reshape", [layer.x, layer.builder.ints([-1, features[0]])])
     product = layer.node("Gemm", [rows, layer.weight("weight"), *bias], transB=1)
     leading = layer.node("Shape", [layer.x], start=0, end=layer.rank - 1)
-    return layer.node("Reshape", [product, layer.node("Concat", [leading, layer.builder.ints([features[1]])], axis=0)])
+    return layer.node(
+        "Reshape", [product, layer.node("Concat", [leading, layer.builder.ints([features[1]])], axis=0)]
+    )
 
 
 def _batch_norm(layer: Layer) -> str:
@@ -118,7 +137,8 @@ def _batch_norm(layer: Layer) -> str:
     scale, shift = layer.filled("weight", features, 1.0), layer.filled("bias", features, 0.0)
     if "running_mean" not in layer.op.constants:
         raise TargetError(
-            f"{layer.name}: a batch norm without running statistics cannot be written as ONNX; use track_running_stats=True"
+            f"{layer.name}: a batch norm without running statistics cannot be written as ONNX; "
+            "use track_running_stats=True"
         )
     statistics = [layer.weight("running_mean"), layer.weight("running_var")]
     return layer.node("BatchNormalization", [layer.x, scale, shift, *statistics], epsilon=layer.config["eps"])
@@ -134,7 +154,10 @@ def _group_norm(layer: Layer) -> str:
     channels = layer.config["num_channels"]
     parts = [layer.filled("weight", channels, 1.0), layer.filled("bias", channels, 0.0)]
     return layer.node(
-        "GroupNormalization", [layer.x, *parts], num_groups=layer.config["num_groups"], epsilon=layer.config["eps"]
+        "GroupNormalization",
+        [layer.x, *parts],
+        num_groups=layer.config["num_groups"],
+        epsilon=layer.config["eps"],
     )
 
 
@@ -145,11 +168,16 @@ def _instance_norm(dims: int) -> Emit:
         if "running_mean" in layer.op.constants:
             statistics = [layer.weight("running_mean"), layer.weight("running_var")]
             return _with_batch(
-                layer, dims,
-                lambda x: layer.node("BatchNormalization", [x, *parts, *statistics], epsilon=layer.config["eps"]),
-            )  # fmt: skip
+                layer,
+                dims,
+                lambda x: layer.node(
+                    "BatchNormalization", [x, *parts, *statistics], epsilon=layer.config["eps"]
+                ),
+            )
         return _with_batch(
-            layer, dims, lambda x: layer.node("InstanceNormalization", [x, *parts], epsilon=layer.config["eps"])
+            layer,
+            dims,
+            lambda x: layer.node("InstanceNormalization", [x, *parts], epsilon=layer.config["eps"]),
         )
 
     return emit
@@ -172,10 +200,14 @@ def _embedding(layer: Layer) -> str:
     if scheme is None or not scheme.spec.integer or scheme.axis % 2 != 0:
         return layer.node("Gather", [layer.weight("weight"), layer.x], axis=0)
     q, name = layer.qtensor("weight"), f"{layer.name}.weight"
-    codes = layer.node("Gather", [stored_codes(layer.builder, q.codes.numpy(), scheme, name), layer.x], axis=0)
+    codes = layer.node(
+        "Gather", [stored_codes(layer.builder, q.codes.numpy(), scheme, name), layer.x], axis=0
+    )
     values = layer.node("Cast", [codes], to=onnx.TensorProto.FLOAT)
     if scheme.granularity == "group":
-        values = layer.node("Reshape", [values, layer.builder.ints([0] * layer.rank + [-1, int(scheme.group_size or 1)])])
+        values = layer.node(
+            "Reshape", [values, layer.builder.ints([0] * layer.rank + [-1, int(scheme.group_size or 1)])]
+        )
     if q.zero_point.any():
         values = layer.node("Sub", [values, _per_row(layer, q.zero_point.float().numpy(), q, "zero_point")])
     values = layer.node("Mul", [values, _per_row(layer, q.scale.numpy(), q, "scale")])
@@ -185,7 +217,7 @@ def _embedding(layer: Layer) -> str:
 
 
 def _per_row(layer: Layer, values: np.ndarray, q: QTensor, what: str) -> str:
-    """Scales (or zero points) of the rows that are gathered: [..., 1], or [..., groups, 1]; a scalar per tensor."""
+    """Scales or zero points of the gathered rows: [..., 1], or [..., groups, 1]; a scalar per tensor."""
     name = f"{layer.name}.weight_{what}"
     if q.scheme.granularity == "tensor":
         return layer.builder.constant(values.reshape(()), name)

@@ -1,4 +1,4 @@
-"""Pooling, padding and interpolation as ONNX nodes; maximum pooling and nearest neighbours work on codes as well."""
+"""Pooling, padding and interpolation as ONNX nodes; maxima and nearest neighbours work on codes as well."""
 
 import math
 from collections.abc import Callable
@@ -25,12 +25,17 @@ def _with_batch(c: Call, dims: int, emit: Callable[[str], str]) -> str:
 def _window(c: Call, dims: int) -> dict[str, list[int]]:
     kernel = _per_dim(c["kernel_size"], dims)
     dilation = _per_dim(c.get("dilation", 1), dims)
-    return {"kernel": kernel, "stride": _per_dim(c["stride"] or kernel, dims), "padding": _per_dim(c["padding"], dims),
-            "dilation": dilation, "reach": [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]}  # fmt: skip
+    return {
+        "kernel": kernel,
+        "stride": _per_dim(c["stride"] or kernel, dims),
+        "padding": _per_dim(c["padding"], dims),
+        "dilation": dilation,
+        "reach": [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)],
+    }
 
 
 def _overhang(c: Call, dims: int, w: dict[str, list[int]]) -> list[Any]:
-    """What must be padded at each axis' end to get torch's ceil mode: it drops windows that begin behind the input."""
+    """Padding at each axis' end that gives torch's ceil mode, which drops windows that begin behind the input."""
     extra = []
     for i, (reach, stride, pad) in enumerate(zip(w["reach"], w["stride"], w["padding"], strict=True)):
         size = c.size(c["self"], i - dims)
@@ -61,10 +66,14 @@ def _avg_pool(dims: int) -> Rule:
             return _with_batch(c, dims, lambda x: _weighted(c, dims, w, x))
         attrs["pads"] = w["padding"] * 2
         if divisor is None:
-            return _with_batch(c, dims, lambda x: c.node("AveragePool", [x], count_include_pad=include, **attrs))
+            return _with_batch(
+                c, dims, lambda x: c.node("AveragePool", [x], count_include_pad=include, **attrs)
+            )
         factor = c.constant(math.prod(w["kernel"]) / divisor)
         return _with_batch(
-            c, dims, lambda x: c.node("Mul", [c.node("AveragePool", [x], count_include_pad=1, **attrs), factor])
+            c,
+            dims,
+            lambda x: c.node("Mul", [c.node("AveragePool", [x], count_include_pad=1, **attrs), factor]),
         )
 
     return rule
@@ -91,7 +100,7 @@ def _weighted(c: Call, dims: int, w: dict[str, list[int]], x: str) -> str:
 
 def _adaptive(dims: int, name: str, several: bool = False) -> Rule:
     def rule(c: Call) -> Any:
-        wanted = _per_dim(c["output_size"], dims)
+        wanted: list[int | None] = [*_per_dim(c["output_size"], dims)]
         result = _with_batch(c, dims, lambda x: _adaptive_body(c, dims, name, wanted, x))
         return [result] if several else result
 
@@ -147,7 +156,7 @@ def _wrapped(c: Call, x: str, axes: list[int], begins: list[int], ends: list[int
     return x
 
 
-# ---- interpolation -------------------------------------------------------------------------------------------------
+# ---- interpolation ----
 
 
 def _nearest(dims: int) -> Rule:
@@ -172,8 +181,8 @@ def _chosen(c: Call, size: Any, goal: Any, factor: float | None) -> str:
     """Indices of the nearest neighbours along an axis: the floor of a float32 product."""
     if isinstance(size, int) and not isinstance(goal, Value):
         count = goal if factor is None else math.floor(size * factor)
-        step = np.float32(size) / np.float32(count) if factor is None else np.float32(1 / factor)
-        chosen = np.minimum(np.floor(np.arange(count, dtype=np.float32) * step), size - 1)
+        apart = np.float32(size) / np.float32(count) if factor is None else np.float32(1 / factor)
+        chosen = np.minimum(np.floor(np.arange(count, dtype=np.float32) * apart), size - 1)
         return c.constant(chosen, "int64")
     length = c.node("Cast", [c.vector([size])], to=TYPES["float64"])
     if factor is not None:
@@ -206,7 +215,9 @@ def _linear(dims: int, mode: str, antialias: bool = False) -> Rule:
         where = "align_corners" if c["align_corners"] else "half_pixel"
         attrs: dict[str, Any] = {"cubic_coeff_a": -0.75} if mode == "cubic" else {}
         attrs |= {"antialias": 1, "exclude_outside": 1} if antialias else {}
-        return c.node("Resize", [x, *_goal(c, x, dims)], mode=mode, coordinate_transformation_mode=where, **attrs)
+        return c.node(
+            "Resize", [x, *_goal(c, x, dims)], mode=mode, coordinate_transformation_mode=where, **attrs
+        )
 
     return rule
 

@@ -90,10 +90,12 @@ def _cat(c: Call) -> str:
 
 def _stack(c: Call) -> str:
     axis = c.vector([c["dim"]])
-    return c.node("Concat", [c.node("Unsqueeze", [c.cast(t, c.dtype), axis]) for t in c["tensors"]], axis=c["dim"])
+    return c.node(
+        "Concat", [c.node("Unsqueeze", [c.cast(t, c.dtype), axis]) for t in c["tensors"]], axis=c["dim"]
+    )
 
 
-# ---- reductions ----------------------------------------------------------------------------------------------------
+# ---- reductions ----
 
 
 def _reduce(op_type: str) -> Rule:
@@ -156,7 +158,9 @@ def _cumsum(c: Call) -> str:
 
 
 def _topk(c: Call) -> list[str]:
-    return c.nodes("TopK", [c["self"], c.vector([c["k"]])], 2, axis=c["dim"], largest=int(c["largest"]), sorted=1)
+    return c.nodes(
+        "TopK", [c["self"], c.vector([c["k"]])], 2, axis=c["dim"], largest=int(c["largest"]), sorted=1
+    )
 
 
 def _norm(c: Call) -> str:
@@ -178,7 +182,9 @@ def _truth(op_type: str) -> Rule:
     def rule(c: Call) -> str:
         x = c["self"]
         numbers = c.node("Cast", [c.cast(x, "bool")], to=TYPES["uint8"])
-        reduced = c.node(op_type, [numbers, c.vector(c.axes(c.get("dim"), x))], keepdims=int(c.get("keepdim", False)))
+        reduced = c.node(
+            op_type, [numbers, c.vector(c.axes(c.get("dim"), x))], keepdims=int(c.get("keepdim", False))
+        )
         return c.node("Cast", [reduced], to=TYPES["bool"])
 
     return rule

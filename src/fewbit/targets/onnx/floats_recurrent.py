@@ -1,4 +1,4 @@
-"""LSTM, GRU and plain recurrent layers as ONNX nodes: one node a layer, both directions in it, gates in ONNX's order."""
+"""LSTM, GRU and plain recurrent layers: one ONNX node a layer, both directions in it, gates in ONNX's order."""
 
 from typing import Any
 
@@ -11,7 +11,9 @@ from fewbit.targets.onnx.floats_weights import Layer
 def lstm(layer: Layer) -> list[Any]:
     """[output, [h, c]]; torch's gates i, f, g, o become ONNX's i, o, f, c."""
     if layer.config.get("proj_size"):
-        raise TargetError(f"{layer.name}: ONNX has no LSTM with projections; use proj_size=0 and a linear layer behind it")
+        raise TargetError(
+            f"{layer.name}: ONNX has no LSTM with projections; use proj_size=0 and a linear layer behind it"
+        )
     output, states = _stack(layer, "LSTM", [0, 3, 1, 2], 2)
     return [output, states]
 
@@ -29,7 +31,7 @@ def rnn(layer: Layer) -> list[Any]:
 
 
 def _stack(layer: Layer, op_type: str, order: list[int], states: int) -> tuple[str, list[str]]:
-    """All layers, one after the other. Returns the sequence in torch's layout, and the final states [layers, N, H]."""
+    """All layers, one after the other: the sequence in torch's layout, and the final states [layers, N, H]."""
     a, b = layer.config, layer.builder
     batched = layer.rank == 3
     first = a["batch_first"] and batched
@@ -91,7 +93,8 @@ def _parameters(layer: Layer, index: int, order: list[int]) -> list[str]:
     """W [D, gates * H, in], R [D, gates * H, H] and B [D, 2 * gates * H], gates reordered."""
     suffixes = ["", "_reverse"] if layer.config["bidirectional"] else [""]
     names = [
-        _directions(layer, [f"{kind}_l{index}{s}" for s in suffixes], order) for kind in ("weight_ih", "weight_hh")
+        _directions(layer, [f"{kind}_l{index}{s}" for s in suffixes], order)
+        for kind in ("weight_ih", "weight_hh")
     ]
     if not layer.config["bias"]:
         return [*names, ""]
@@ -105,7 +108,9 @@ def _parameters(layer: Layer, index: int, order: list[int]) -> list[str]:
 def _directions(layer: Layer, names: list[str], order: list[int]) -> str:
     """The matrices of both directions as one tensor [D, rows, columns]."""
     if all(name not in layer.op.attrs.get("schemes", {}) for name in names):
-        return layer.builder.constant(np.stack([_gates(layer.array(n), order) for n in names]), f"{layer.name}.{names[0]}")
+        return layer.builder.constant(
+            np.stack([_gates(layer.array(n), order) for n in names]), f"{layer.name}.{names[0]}"
+        )
     axis = layer.builder.ints([0])
     parts = [layer.node("Unsqueeze", [layer.gates(name, order), axis]) for name in names]
     return parts[0] if len(parts) == 1 else layer.node("Concat", parts, axis=0)

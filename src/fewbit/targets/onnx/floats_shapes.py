@@ -8,7 +8,7 @@ _FIRST = -(2**63)
 
 
 def _reshape(c: Call) -> str:
-    sizes = c.arguments.get("shape", c.arguments.get("size"))
+    sizes = c["shape"] if "shape" in c.arguments else c["size"]
     return c.node("Reshape", [c["self"], c.vector(sizes)], **({"allowzero": 1} if 0 in sizes else {}))
 
 
@@ -78,7 +78,9 @@ def _index(c: Call) -> str | None:
     front = c.node("Transpose", [x], perm=[*at, *(i for i in range(rank) if i not in at)])
     total = chosen[0].name
     for index in chosen[1:]:
-        total = c.node("Add", [total, index])  # only for its shape, which all of them share after broadcasting
+        total = c.node(
+            "Add", [total, index]
+        )  # only for its shape, which all of them share after broadcasting
     shape, last = c.node("Shape", [total]), c.vector([-1])
     columns = [c.node("Unsqueeze", [c.node("Expand", [index, shape]), last]) for index in chosen]
     found = c.node("GatherND", [front, c.node("Concat", columns, axis=-1)])
@@ -130,7 +132,11 @@ def _roll(c: Call) -> str:
     if not c["dims"]:
         flat = c.node("Reshape", [x, c.vector([-1])])
         known = c.known(x, range(c.rank(x)))
-        length = Value(c.node("Shape", [flat]), "int64", (1,), size=True) if known is None else c.count(x, c.axes(None, x))
+        length = (
+            Value(c.node("Shape", [flat]), "int64", (1,), size=True)
+            if known is None
+            else c.count(x, c.axes(None, x))
+        )
         return c.reshape(_rolled(c, flat, c["shifts"][0], 0, length), c.sizes(x))
     name = x.name
     for shift, dim in zip(c["shifts"], c["dims"], strict=True):
@@ -210,6 +216,7 @@ RULES: dict[str, Rule] = {
     "aten.channel_shuffle.default": _channel_shuffle,
     "aten.sym_size.int": _sym_size,
     **dict.fromkeys(
-        ["aten.contiguous.default", "aten.clone.default", "aten.detach.default", "aten.alias.default"], _identity
+        ["aten.contiguous.default", "aten.clone.default", "aten.detach.default", "aten.alias.default"],
+        _identity,
     ),
 }

@@ -1,4 +1,4 @@
-"""Weights of float layers in an ONNX file: float32 initializers, or codes with a DequantizeLinear behind them."""
+"""Weights of float layers in an ONNX file: float32 initializers, or codes and a DequantizeLinear."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ from fewbit.targets.onnx.builder import Builder, int4
 
 
 class Layer:
-    """A standard layer on its way into the file: its arguments as ONNX names, its parameters as initializers."""
+    """A standard layer on its way into the file: arguments as ONNX names, parameters as initializers."""
 
     def __init__(self, builder: Builder, op: Op, args: list[Any]) -> None:
         self.builder, self.op, self.args, self.name = builder, op, args, op.layer
@@ -42,7 +42,9 @@ class Layer:
         """A parameter that is stored as codes."""
         c, a = self.op.constants, self.op.attrs
         scheme = Scheme.from_json(a["schemes"][name])
-        return QTensor(c[name], c[f"{name}::scale"], c[f"{name}::zero_point"], scheme, tuple(a["shapes"][name]))
+        return QTensor(
+            c[name], c[f"{name}::scale"], c[f"{name}::zero_point"], scheme, tuple(a["shapes"][name])
+        )
 
     def optional(self, name: str) -> list[str]:
         """The parameter, if the layer has it."""
@@ -59,13 +61,18 @@ class Layer:
         if name in self.op.attrs.get("schemes", {}):
             return dequantized(self.builder, self.qtensor(name), f"{self.name}.{name}", transposed)
         array = self.array(name)
-        return self.builder.constant(np.ascontiguousarray(array.T) if transposed else array, f"{self.name}.{name}")
+        return self.builder.constant(
+            np.ascontiguousarray(array.T) if transposed else array, f"{self.name}.{name}"
+        )
 
     def gates(self, name: str, order: list[int]) -> str:
         """A parameter whose rows are gates, one block after the other, in another order of blocks."""
         q = self.qtensor(name)
         rows = torch.arange(q.shape[0]).reshape(len(order), -1)[order].flatten()
-        scale, zero = (v if v.numel() == 1 else v.reshape(q.shape[0], -1)[rows].flatten() for v in (q.scale, q.zero_point))
+        scale, zero = (
+            v if v.numel() == 1 else v.reshape(q.shape[0], -1)[rows].flatten()
+            for v in (q.scale, q.zero_point)
+        )
         return dequantized(
             self.builder, replace(q, codes=q.codes[rows], scale=scale, zero_point=zero), f"{self.name}.{name}"
         )
@@ -74,10 +81,10 @@ class Layer:
 def dequantized(builder: Builder, q: QTensor, name: str, transposed: bool = False) -> str:
     """A quantized tensor as stored codes and a DequantizeLinear; float32 where its format is no integer.
 
-    A group is a ``block_size`` along the last axis of a matrix [N, K]. Groups of a tensor with more axes run across
-    several of them, which ONNX cannot say: it is stored as the matrix of its channels, and reshaped. Only a transposed
-    matrix keeps 4-bit codes up to the DequantizeLinear, because ONNX Runtime makes one operator of that and a MatMul;
-    elsewhere a Cast, which it does once when it loads the file, spares every run the slow unpacking.
+    A group is a ``block_size`` along the last axis of a matrix [N, K]. Groups of a tensor with more axes run
+    across several of them, which ONNX cannot say: it is stored as the matrix of its channels, and reshaped. Only
+    a transposed matrix keeps 4-bit codes up to the DequantizeLinear, because ONNX Runtime makes one operator of
+    that and a MatMul; elsewhere a Cast, done once when the file is loaded, spares every run the slow unpacking.
     """
     scheme = q.scheme
     if not scheme.spec.integer:
@@ -117,7 +124,10 @@ def _stored(
 ) -> str:
     codes, scale, zero = parts
     kind = storage_type(scheme, name)
-    stored = [stored_codes(builder, codes, scheme, name, packed), builder.constant(scale.copy(), f"{name}_scale")]
+    stored = [
+        stored_codes(builder, codes, scheme, name, packed),
+        builder.constant(scale.copy(), f"{name}_scale"),
+    ]
     if zero.any() or kind == "uint4":
         wide = kind if packed or not kind.endswith("int4") else kind.replace("4", "8")
         stored.append(builder.constant(_coded(zero, wide), f"{name}_zero_point"))
@@ -125,7 +135,7 @@ def _stored(
 
 
 def stored_codes(builder: Builder, codes: np.ndarray, scheme: Scheme, name: str, packed: bool = False) -> str:
-    """Codes as an initializer, two to a byte where they fit 4 bits; not ``packed``: an 8-bit value made from it."""
+    """Codes as an initializer, two to a byte where they fit 4 bits; unless ``packed``, cast to 8 bits there."""
     kind = storage_type(scheme, name)
     stored = builder.constant(_coded(codes, kind), name)
     if packed or not kind.endswith("int4"):

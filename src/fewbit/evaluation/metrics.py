@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fewbit.data import Batches, as_batches
 from fewbit.errors import DataError, RecipeError
-from fewbit.evaluate.agreement import Agreement, AgreementMeter, finite
-from fewbit.evaluate.forward import Forward, Model, eval_mode, input_count
+from fewbit.evaluation.agreement import Agreement, AgreementMeter, finite
+from fewbit.evaluation.forward import Forward, Model, eval_mode, input_count
 from fewbit.registry import nearest
 
 IGNORED = -100  # the label that torch's losses skip, used for padding in sequences

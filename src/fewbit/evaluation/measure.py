@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fewbit.errors import ArtifactError, ModelError
-from fewbit.evaluate.costs import Bits, LayerCost, activation_bits, bits_of, bops, macs
-from fewbit.evaluate.energy import RAPL, Energy, energy
-from fewbit.evaluate.forward import eval_mode
-from fewbit.evaluate.latency import Latency, Ratio, latency, ratio
-from fewbit.evaluate.memory import ActivationPeak, PeakMemory, activation_peak_bytes, peak_memory
-from fewbit.evaluate.size import Sizes, size_by_tensor
+from fewbit.evaluation.costs import Bits, LayerCost, activation_bits, bits_of, bops, macs
+from fewbit.evaluation.energy import RAPL, Energy, energy
+from fewbit.evaluation.forward import eval_mode
+from fewbit.evaluation.latency import Latency, Ratio, latency, ratio
+from fewbit.evaluation.memory import ActivationPeak, PeakMemory, activation_peak_bytes, peak_memory
+from fewbit.evaluation.size import Sizes, size_by_tensor
 
 MODEL = "model"
 

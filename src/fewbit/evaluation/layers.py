@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from fewbit.errors import ModelError
-from fewbit.evaluate.agreement import SignalToNoise, finite
-from fewbit.evaluate.forward import eval_mode
+from fewbit.evaluation.agreement import SignalToNoise, finite
+from fewbit.evaluation.forward import eval_mode
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewbit.errors import FewbitError
-from fewbit.evaluate.costs import Bits, LayerCost
+from fewbit.evaluation.costs import Bits, LayerCost
 
 RAPL = Path("/sys/class/powercap")
 
