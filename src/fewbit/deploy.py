@@ -75,7 +75,9 @@ def export(
     path = Path(path)
     key = target or SUFFIXES.get(path.suffix)
     if key is None:
-        raise TargetError(f"{path}: no target has the suffix {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
+        raise TargetError(
+            f"{path}: no target has the suffix {path.suffix!r}; expected one of {', '.join(SUFFIXES)}"
+        )
     runtime = get_target(key)
     quantized = _as_quantized(model, example)
     inputs = (example,) if isinstance(example, Tensor) else example or quantized.example
@@ -122,10 +124,19 @@ def random_inputs(program: Program, samples: int = 8) -> tuple[Tensor, ...]:
         if not dtype.startswith("float"):
             found.append(torch.zeros(sizes, dtype=getattr(torch, dtype)))
             continue
-        coding = next((program.codings[op.output] for op in program.ops if op.inputs == [name] and op.kind == "quantize"), None)
+        coding = next(
+            (
+                program.codings[op.output]
+                for op in program.ops
+                if op.inputs == [name] and op.kind == "quantize"
+            ),
+            None,
+        )
         lo, hi = (-1.0, 1.0)
         if coding is not None:
-            lo, hi = ((q - coding.zero_point) * coding.scale for q in (coding.scheme.qmin, coding.scheme.qmax))
+            lo, hi = (
+                (q - coding.zero_point) * coding.scale for q in (coding.scheme.qmin, coding.scheme.qmax)
+            )
         found.append(torch.rand(sizes, generator=generator) * (hi - lo) + lo)
     return tuple(found)
 
@@ -154,14 +165,18 @@ def _time(model: QuantizedModel, path: Path, inputs: tuple[Tensor, ...]) -> dict
         get_target("onnx").write(lower(without_quantizers(model)), floating, {})
         sessions = {"float": session(floating), "quantized": session(path)}
         feed = {i.name: x[:1].numpy() for i, x in zip(sessions["float"].get_inputs(), inputs, strict=True)}
-        return latency({name: lambda s=s: s.run(None, feed) for name, s in sessions.items()}, repeat=15, seconds=3.0)
+        return latency(
+            {name: lambda s=s: s.run(None, feed) for name, s in sessions.items()}, repeat=15, seconds=3.0
+        )
 
 
 def _slower(times: dict[str, Latency]) -> list[str]:
     r = ratio(times["quantized"], times["float"])
     if r.median <= 1:
         return []
-    return [f"quantized is not faster than float here: {r}; small tensors, float layers in between, or a CPU without VNNI"]
+    return [
+        f"quantized is not faster than float here: {r}; small tensors, float layers in between, or a CPU without VNNI"
+    ]
 
 
 class _temporary:

@@ -15,7 +15,9 @@ from fewbit.targets.onnx import probe as onnx_probe
 from fewbit.targets.onnx.probe import Kernel
 from fewbit.targets.onnx.saturation import can_saturate
 
-FLOAT_TOLERANCE = 1e-3  # relative, where a network has float operations; each integer layer is exact all the same
+FLOAT_TOLERANCE = (
+    1e-3  # relative, where a network has float operations; each integer layer is exact all the same
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,11 @@ class Verification:
         """Whether no integer differs."""
         if any(c.differing for c in self.layers):
             return False
-        return self.output_differing == 0 if self.whole_network == "bit for bit" else self.output_error <= FLOAT_TOLERANCE
+        return (
+            self.output_differing == 0
+            if self.whole_network == "bit for bit"
+            else self.output_error <= FLOAT_TOLERANCE
+        )
 
     def covered(self, kind: str) -> tuple[int, int]:
         """Operations of a kind in integer kernels, and all of that kind."""
@@ -69,7 +75,9 @@ class Verification:
         kinds = dict.fromkeys(k.kind for k in self.kernels)
         if not kinds:
             return "no operation that could be integer"
-        return ", ".join(f"{self.covered(k)[0]}/{self.covered(k)[1]} {k}" for k in kinds) + " in integer kernels"
+        return (
+            ", ".join(f"{self.covered(k)[0]}/{self.covered(k)[1]} {k}" for k in kinds) + " in integer kernels"
+        )
 
     def __str__(self) -> str:
         lines = [
@@ -85,14 +93,19 @@ class Verification:
         return "\n".join(lines)
 
 
-def check_file(path: Path, program: Program, codes: dict[str, str], inputs: tuple[Tensor, ...]) -> Verification:
+def check_file(
+    path: Path, program: Program, codes: dict[str, str], inputs: tuple[Tensor, ...]
+) -> Verification:
     """Run the file and compare it with ``program``: every integer operation on its own, then the whole network."""
     import onnxruntime
 
     outputs, seen = onnx_probe.probe(path, inputs, codes)
     reference = Reference(program)
     result = Verification(
-        str(path), f"ONNX Runtime {onnxruntime.__version__}", cpu_name(), inputs[0].shape[0] if inputs[0].dim() else 1
+        str(path),
+        f"ONNX Runtime {onnxruntime.__version__}",
+        cpu_name(),
+        inputs[0].shape[0] if inputs[0].dim() else 1,
     )
     given = dict(zip(program.inputs, inputs, strict=True))
     for op in program.ops:
@@ -116,21 +129,33 @@ def _check_op(
     actual = seen[op.output].reshape(expected.shape)
     difference = (expected.to(torch.int64) - actual.to(torch.int64)).abs()
     return LayerCheck(
-        op.node, op.kind, int((difference > 0).sum()), difference.numel(), int(difference.max()) if difference.numel() else 0
+        op.node,
+        op.kind,
+        int((difference > 0).sum()),
+        difference.numel(),
+        int(difference.max()) if difference.numel() else 0,
     )
 
 
 def _compare_outputs(
-    result: Verification, program: Program, reference: Reference, inputs: tuple[Tensor, ...], actual: list[Tensor]
+    result: Verification,
+    program: Program,
+    reference: Reference,
+    inputs: tuple[Tensor, ...],
+    actual: list[Tensor],
 ) -> None:
     floats = sorted({op.layer for op in program.ops if op.domain == "float"})
     if floats and not program.complete():
-        result.whole_network = f"not compared: float in {len(floats)} places, whose weights this file keeps to itself"
+        result.whole_network = (
+            f"not compared: float in {len(floats)} places, whose weights this file keeps to itself"
+        )
         return
     values = reference.run(*inputs)
     expected = [values[name] for name in program.output_names()]
     if floats:
-        result.whole_network = f"float in {len(floats)} places, such as {floats[0]}; tolerance {FLOAT_TOLERANCE:g}"
+        result.whole_network = (
+            f"float in {len(floats)} places, such as {floats[0]}; tolerance {FLOAT_TOLERANCE:g}"
+        )
     for e, a in zip(expected, actual, strict=True):
         a = a.reshape(e.shape)
         result.output_total += e.numel()
@@ -196,4 +221,9 @@ def cpu_name() -> str:
     return platform.machine() + (f" with {best}" if best else "")
 
 
-_FEATURES = (("avx512_vnni", "AVX512-VNNI"), ("avx_vnni", "AVX-VNNI"), ("avx512f", "AVX512"), ("avx2", "AVX2"))
+_FEATURES = (
+    ("avx512_vnni", "AVX512-VNNI"),
+    ("avx_vnni", "AVX-VNNI"),
+    ("avx512f", "AVX512"),
+    ("avx2", "AVX2"),
+)

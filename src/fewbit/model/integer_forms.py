@@ -83,7 +83,12 @@ def _conv(node: Node, gm: GraphModule) -> Answer:
         else:
             pads.append((_tuple(conv.padding, n)[i],) * 2)
     flat = [p for pair in reversed(pads) for p in pair]  # torch.nn.functional.pad wants the last axis first
-    attrs = {"stride": list(stride), "dilation": list(dilation), "groups": conv.groups, "pad": flat if any(flat) else []}
+    attrs = {
+        "stride": list(stride),
+        "dilation": list(dilation),
+        "groups": conv.groups,
+        "pad": flat if any(flat) else [],
+    }
     return IntegerForm("conv", (_node(node.args[0]),), attrs, heavy=True)
 
 
@@ -178,7 +183,11 @@ def _mean(node: Node, gm: GraphModule) -> Answer:
     source = _node(node.args[0])
     rank = len(shape(source))
     dims = argument(node, 1, "dim")
-    dims = sorted(d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])) if dims is not None else []
+    dims = (
+        sorted(d % rank for d in (dims if isinstance(dims, list | tuple) else [dims]))
+        if dims is not None
+        else []
+    )
     if rank < 3 or dims != list(range(2, rank)):
         return f"a mean over axes {dims or 'all'} runs in float; over all axes after the channels it would be integer"
     keep = bool(argument(node, 2, "keepdim", False))

@@ -4,7 +4,6 @@ What is lowered as integer was decided when the model was quantized (``Quantized
 translated, and every accumulator is proven to fit 32 bits.
 """
 
-import inspect
 import operator as python_operator
 from typing import Any
 
@@ -14,13 +13,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fewbit.errors import ModelError, PlanError
+from fewbit.model.codings import clamp_codes, coding_of, constant_coding, function_values, quantize_table
+from fewbit.model.graph import constant_of
 from fewbit.model.integer_forms import IntegerForm, integer_form, shape
 from fewbit.model.kernels import quantize
 from fewbit.model.operators import operator
-from fewbit.model.program import Coding, Op, Program, aten, decode_args, encode_args
+from fewbit.model.program import Coding, Op, Program, encode_args
 from fewbit.model.simulate import DynamicFakeQuantize, FakeQuantize, QuantizedModel
 from fewbit.model.sites import WEIGHTED, clamp_bounds, display_name, layer_name, passes_codes, rescale_factor
-from fewbit.numerics.scheme import Scheme, qparams
+from fewbit.model.values import config, dtype_name, free_shape, value_type
+from fewbit.numerics.scheme import Scheme
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _INT32 = 2**31 - 1
@@ -59,10 +61,10 @@ class _Lowering:
         return Program(
             inputs=[n.name for n in inputs],
             input_shapes=[free_shape(n) for n in inputs],
-            input_dtypes=[_dtype(n) for n in inputs],
+            input_dtypes=[dtype_name(n) for n in inputs],
             outputs=_plain(outputs),
             output_shapes=[free_shape(n) for n in leaves],
-            output_dtypes=[_dtype(n) for n in leaves],
+            output_dtypes=[dtype_name(n) for n in leaves],
             ops=self.ops,
             codings=self.codings,
         )
@@ -75,12 +77,12 @@ class _Lowering:
             self._boundary(node, module)
         elif isinstance(module, DynamicFakeQuantize):
             self.names[node] = self.names[_first(node)]
+        elif self._reads_dynamic(node):
+            self._dynamic(node)
         elif node.name in self.model.integer:
             self._integer(node)
         elif node.op == "get_attr":
             self._emit("constant", "float", node, [], constants={"value": _attribute(self.gm, node)})
-        elif isinstance(node.args[0] if node.args else None, Node) and self._reads_dynamic(node):
-            self._dynamic(node)
         elif self._codes_pass(node):
             self._shares(node)
         else:
@@ -91,7 +93,17 @@ class _Lowering:
         constants: dict[str, Tensor] | None = None, note: str = "", name: str | None = None, coding: Coding | None = None,
     ) -> str:  # fmt: skip
         output = name or node.name
-        op = Op(kind, domain, layer_name(node), display_name(node), inputs, output, attrs or {}, constants or {}, note)
+        op = Op(
+            kind,
+            domain,
+            layer_name(node),
+            display_name(node),
+            inputs,
+            output,
+            attrs or {},
+            constants or {},
+            note,
+        )
         self.ops.append(op)
         if coding is not None:
             self.codings[output] = coding
@@ -120,7 +132,7 @@ class _Lowering:
         coding = coding_of(module)
         attrs = dict(form.attrs)
         if carrier is not node:
-            attrs["clamp"] = _clamp_codes(clamp_bounds(carrier, self.gm), coding)
+            attrs["clamp"] = clamp_codes(clamp_bounds(carrier, self.gm), coding)
         inputs = [self._codes(i, coding) for i in form.inputs]
         constants: dict[str, Tensor] = {}
         if form.kind == "linear":
@@ -147,7 +159,9 @@ class _Lowering:
         """The node whose output carries the codes (the node or its fused activation), and its quantize step."""
         for carrier in (node, *node.users):
             for user in carrier.users:
-                if user.op == "call_module" and isinstance(self.gm.get_submodule(str(user.target)), FakeQuantize):
+                if user.op == "call_module" and isinstance(
+                    self.gm.get_submodule(str(user.target)), FakeQuantize
+                ):
                     if carrier is node or len(node.users) == 1:
                         return carrier, user
         raise PlanError(f"{display_name(node)}: planned as integer, but nothing quantizes its output")
@@ -177,7 +191,9 @@ class _Lowering:
         layer = str(node.target)
         q = self.model.qtensors[f"{layer}.weight"]
         if not q.scheme.spec.integer or int(q.zero_point.abs().max()) != 0 or q.scheme.granularity == "group":
-            raise PlanError(f"{layer}: weights {q.scheme} have no integer kernel; use symmetric int8 per channel or tensor")
+            raise PlanError(
+                f"{layer}: weights {q.scheme} have no integer kernel; use symmetric int8 per channel or tensor"
+            )
         scale = q.scale if q.scale.numel() > 1 else q.scale.expand(q.shape[0])
         constants = {"weight": q.codes, "weight_scale": scale.clone()}
         widest = max(abs(x.scheme.qmin - x.zero_point), abs(x.scheme.qmax - x.zero_point))
@@ -195,7 +211,9 @@ class _Lowering:
                 )
             constants["bias"] = codes.to(torch.int32)
         if int(reach.max()) > _INT32:
-            raise PlanError(f"{layer}: the sum of products can reach {int(reach.max())}, over 32 bits: use fewer bits")
+            raise PlanError(
+                f"{layer}: the sum of products can reach {int(reach.max())}, over 32 bits: use fewer bits"
+            )
         return constants
 
     def _function(self, node: Node) -> dict[str, Any]:
@@ -214,10 +232,14 @@ class _Lowering:
         factor = rescale_factor(node, self.gm)
         bounds = clamp_bounds(node, self.gm)
         if factor is not None:
-            scaled = Coding(coding.scheme, float(np.float32(coding.scale) * np.float32(factor)), coding.zero_point)
+            scaled = Coding(
+                coding.scheme, float(np.float32(coding.scale) * np.float32(factor)), coding.zero_point
+            )
             self._emit("rescale", "shares", node, [source], coding=scaled)
         elif bounds is not None:
-            self._emit("clip", "integer", node, [source], attrs={"clamp": _clamp_codes(bounds, coding)}, coding=coding)
+            self._emit(
+                "clip", "integer", node, [source], attrs={"clamp": clamp_codes(bounds, coding)}, coding=coding
+            )
         elif op is not None and op.name == "dropout":
             self.names[node] = source
         elif op is not None and op.name == "pad":
@@ -231,7 +253,9 @@ class _Lowering:
             self.codings[node.name] = coding
 
     def _reads_dynamic(self, node: Node) -> bool:
-        source = _first(node)
+        source = node.args[0] if node.args else None
+        if not isinstance(source, Node):
+            return False
         return source.op == "call_module" and isinstance(
             self.gm.get_submodule(str(source.target)), DynamicFakeQuantize
         )
@@ -245,14 +269,23 @@ class _Lowering:
         if bias is not None:
             constants["bias"] = bias.detach().clone()
         source = self._float(self.names[_first(node)], _first(node))
-        self._emit(f"dynamic_{form.kind}", "float", node, [source], attrs=dict(form.attrs) | {"shape": list(free_shape(_first(node)))}, constants=constants)
+        self._emit(
+            f"dynamic_{form.kind}",
+            "float",
+            node,
+            [source],
+            attrs=dict(form.attrs) | {"shape": list(free_shape(_first(node)))},
+            constants=constants,
+        )
 
     def _float_op(self, node: Node, module: nn.Module | None) -> None:
         if node.target is python_operator.getitem:
             self._emit("getitem", "float", node, [self.names[_first(node)]], attrs={"index": node.args[1]})
         elif node.target in _SYMBOLIC:
             inputs, args = self._arguments(node)
-            self._emit("integers", "float", node, inputs, attrs={"target": _SYMBOLIC[node.target], "args": args})
+            self._emit(
+                "integers", "float", node, inputs, attrs={"target": _SYMBOLIC[node.target], "args": args}
+            )
         elif isinstance(module, DROPOUTS):
             self.names[node] = self.names[_first(node)]
         elif module is not None:
@@ -262,13 +295,17 @@ class _Lowering:
 
     def _arguments(self, node: Node, shares: list[str] | None = None) -> tuple[list[str], list[Any]]:
         sources = list(node.all_input_nodes)
-        names = [self._float(self.names[s], s) if i or not shares else shares[0] for i, s in enumerate(sources)]
+        names = [
+            self._float(self.names[s], s) if i or not shares else shares[0] for i, s in enumerate(sources)
+        ]
         return names, [encode_args(a, {s: i for i, s in enumerate(sources)}) for a in node.args]
 
     def _aten(self, node: Node, domain: str, shares: list[str] | None) -> None:
         target = str(node.target)
         if not target.startswith("aten."):
-            raise ModelError(f"{layer_name(node)}: operator {target} is no torch (aten) operator and cannot be exported")
+            raise ModelError(
+                f"{layer_name(node)}: operator {target} is no torch (aten) operator and cannot be exported"
+            )
         inputs, args = self._arguments(node, shares)
         table = {s: i for i, s in enumerate(node.all_input_nodes)}
         kwargs = {k: encode_args(v, table) for k, v in node.kwargs.items()}
@@ -289,8 +326,14 @@ class _Lowering:
                 schemes[name], shapes[name] = q.scheme.to_json(), list(q.shape)
             else:
                 constants[name] = tensor.detach().clone()
-        attrs = {"type": type(module).__name__, "config": config(module), "args": args, "schemes": schemes, "shapes": shapes,
-                 "shape": list(free_shape(_first(node)))}
+        attrs = {
+            "type": type(module).__name__,
+            "config": config(module),
+            "args": args,
+            "schemes": schemes,
+            "shapes": shapes,
+            "shape": list(free_shape(_first(node))),
+        }
         self._emit("module", "float", node, inputs, attrs=attrs, constants=constants)
 
 
@@ -316,86 +359,6 @@ def _first(node: Node) -> Node:
 
 
 def _attribute(gm: GraphModule, node: Node) -> Tensor:
-    value: Any = gm
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    assert isinstance(value, Tensor)
+    value = constant_of(node, gm)
+    assert value is not None
     return value.detach()
-
-
-def _dtype(node: Node) -> str:
-    return str(node.meta.get("dtype", torch.float32)).removeprefix("torch.")
-
-
-def free_shape(node: Node) -> tuple[int | None, ...]:
-    """Sizes of a node's output, None where a size is free (the batch, a sequence)."""
-    value = node.meta.get("val")
-    sizes = value.shape if isinstance(value, Tensor) else shape(node)
-    # A size that export found to be fixed may still be a symbol with a constant value.
-    return tuple(s if isinstance(s, int) else s.node.maybe_as_int() for s in sizes)
-
-
-def value_type(node: Node) -> Any:
-    """What a node's value is, as JSON: ``[dtype, sizes]`` (None for free ones), "int" for a symbolic size, or a list of these."""
-    value = node.meta.get("val")
-    return _type_of(value) if value is not None else [str(node.meta.get("dtype", torch.float32)).removeprefix("torch."), list(free_shape(node))]
-
-
-def _type_of(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return [str(value.dtype).removeprefix("torch."), [s if isinstance(s, int) else None for s in value.shape]]
-    return [_type_of(v) for v in value] if isinstance(value, list | tuple) else "int"
-
-
-def coding_of(module: FakeQuantize) -> Coding:
-    """The coding that a quantize step stands for."""
-    return Coding(module.scheme, float(module.scale.item()), int(module.zero_point.item()))
-
-
-def constant_coding(value: Tensor, scheme: Scheme) -> Coding:
-    """The coding of a constant that an integer operation reads: its own minimum and maximum."""
-    scale, zero_point = qparams(value.min().reshape(1), value.max().reshape(1), scheme)
-    return Coding(scheme, float(scale), int(zero_point))
-
-
-def _clamp_codes(bounds: tuple[float, float] | None, coding: Coding) -> list[int]:
-    """A float clamp as limits of codes, never outside the format's own."""
-    lo, hi = bounds if bounds is not None else (-float("inf"), float("inf"))
-    limits = []
-    for value, edge in ((lo, coding.scheme.qmin), (hi, coding.scheme.qmax)):
-        code = edge if np.isinf(value) else np.rint(np.float32(value) / np.float32(coding.scale)) + coding.zero_point
-        limits.append(int(min(max(code, coding.scheme.qmin), coding.scheme.qmax)))
-    return limits
-
-
-def function_values(function: dict[str, Any], x: Coding) -> Tensor:
-    """An elementwise function at every value that codes of ``x`` can stand for: float64, one entry a code."""
-    codes = torch.arange(int(x.scheme.qmin), int(x.scheme.qmax) + 1, dtype=torch.float64)
-    inputs = ((codes - x.zero_point).to(torch.float32) * torch.tensor(x.scale, dtype=torch.float32)).double()
-    with torch.no_grad():
-        result = aten(function["target"])(*decode_args(function["args"], [inputs]), **function["kwargs"])
-    assert isinstance(result, Tensor)
-    return result
-
-
-def quantize_table(values: Tensor, out: Coding) -> Tensor:
-    """Codes of a table's float64 values, in the output's storage dtype."""
-    codes = torch.round(values / out.scale) + out.zero_point
-    return codes.clamp(out.scheme.qmin, out.scheme.qmax).to(out.scheme.spec.code_dtype)
-
-
-def config(module: nn.Module) -> dict[str, Any]:
-    """Constructor arguments of a standard layer, as JSON: what its type declares and the module still holds."""
-    names = [p for p in inspect.signature(type(module).__init__).parameters if p not in ("self", "device", "dtype")]
-    if isinstance(module, nn.RNNBase):
-        names = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"]
-        names += ["proj_size"] if isinstance(module, nn.LSTM) else ["nonlinearity"] if isinstance(module, nn.RNN) else []
-    found: dict[str, Any] = {}
-    for name in names:
-        if not hasattr(module, name):
-            continue
-        value = getattr(module, name)
-        if isinstance(value, Tensor) or value is None and name == "bias":
-            value = value is not None
-        found[name] = list(value) if isinstance(value, tuple) else value
-    return {k: v for k, v in found.items() if v is None or isinstance(v, bool | int | float | str | list)}

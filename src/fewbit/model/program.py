@@ -116,7 +116,9 @@ class Program:
         """The inverse of ``to_json``; raises ``ArtifactError`` for anything that is not a program."""
         try:
             if data["version"] != VERSION:
-                raise ArtifactError(f"program: version {data['version']} found, {VERSION} expected; export it again")
+                raise ArtifactError(
+                    f"program: version {data['version']} found, {VERSION} expected; export it again"
+                )
             ops = [
                 Op(
                     kind=str(d["kind"]),
@@ -152,7 +154,9 @@ def _check_order(program: Program) -> None:
     for op in program.ops:
         missing = [name for name in op.inputs if name not in known]
         if missing or op.domain not in DOMAINS:
-            raise ArtifactError(f"program: operation {op.output!r} uses {missing or op.domain!r}, which is not defined")
+            raise ArtifactError(
+                f"program: operation {op.output!r} uses {missing or op.domain!r}, which is not defined"
+            )
         known.add(op.output)
     missing = [name for name in program.output_names() if name not in known]
     if missing:
@@ -172,7 +176,9 @@ def _leaves(structure: Any) -> Iterator[str]:
 
 # ---- arguments of a torch operator as JSON -------------------------------------------------------------------------
 
-_DTYPES = {str(d): d for d in (torch.float32, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8)}
+_DTYPES = {
+    str(d): d for d in (torch.float32, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8)
+}
 
 
 def encode_args(value: Any, reference: dict[Any, int]) -> Any:

@@ -81,12 +81,18 @@ def _aten(op: Op, inputs: list[Any]) -> Any:
         inputs = [inputs[0].to(torch.float64), *inputs[1:]]  # what follows the codes are indices
     result = aten(op.attrs["target"])(*decode_args(op.attrs["args"], inputs), **_keywords(op, inputs))
     if op.domain == "shares":
-        return [r.to(torch.int32) for r in result] if isinstance(result, list | tuple) else result.to(torch.int32)
+        return (
+            [r.to(torch.int32) for r in result]
+            if isinstance(result, list | tuple)
+            else result.to(torch.int32)
+        )
     return result
 
 
 def _keywords(op: Op, inputs: list[Any]) -> dict[str, Any]:
-    return {k: v for k, v in ((k, decode_args(v, inputs)) for k, v in op.attrs["kwargs"].items()) if v is not None}
+    return {
+        k: v for k, v in ((k, decode_args(v, inputs)) for k, v in op.attrs["kwargs"].items()) if v is not None
+    }
 
 
 def _dynamic(op: Op, x: Tensor) -> Tensor:
@@ -108,7 +114,9 @@ def _module(op: Op) -> nn.Module:
     """The standard layer that a float operation runs, with its weights as they are stored."""
     name = op.attrs["type"]
     if name not in MODULES:
-        raise ArtifactError(f"program: {op.layer}: {name!r} is no standard layer; expected one of {', '.join(MODULES)}")
+        raise ArtifactError(
+            f"program: {op.layer}: {name!r} is no standard layer; expected one of {', '.join(MODULES)}"
+        )
     try:
         module = getattr(nn, name)(**op.attrs["config"])
         module.load_state_dict(module_state(op))

@@ -31,7 +31,9 @@ class FakeQuantize(nn.Module):
         return fake_quantize(x, self.scale, self.zero_point, self.scheme)
 
     def extra_repr(self) -> str:
-        return f"{self.scheme.format}, scale={self.scale.item():.6g}, zero_point={int(self.zero_point.item())}"
+        return (
+            f"{self.scheme.format}, scale={self.scale.item():.6g}, zero_point={int(self.zero_point.item())}"
+        )
 
 
 class DynamicFakeQuantize(nn.Module):

@@ -53,7 +53,9 @@ def layer_name(node: Node) -> str:
     if node.op == "call_module":
         return str(node.target)
     owner = str(node.meta.get("layer") or "")
-    return f"{owner}.{node.name}" if owner and not node.name.startswith(owner.replace(".", "_")) else node.name
+    return (
+        f"{owner}.{node.name}" if owner and not node.name.startswith(owner.replace(".", "_")) else node.name
+    )
 
 
 def place(gm: GraphModule, mode: Mode) -> Placement:
@@ -131,7 +133,11 @@ def rescale_factor(node: Node, gm: GraphModule) -> float | None:
     if op is None or op.name not in ("mul", "div") or len(node.args) != 2:
         return None
     factor = node.args[1]
-    if not isinstance(node.args[0], Node) or isinstance(factor, Node | bool) or not isinstance(factor, int | float):
+    if (
+        not isinstance(node.args[0], Node)
+        or isinstance(factor, Node | bool)
+        or not isinstance(factor, int | float)
+    ):
         return None
     factor = float(factor) if op.name == "mul" else (1.0 / float(factor) if factor else 0.0)
     return factor if 1e-30 < factor < 1e30 else None
@@ -231,7 +237,17 @@ def _weight_sites(node: Node, gm: GraphModule, seen: dict[int, str]) -> list[Sit
             continue
         constraint = f"shared with {seen[id(parameter)]}" if id(parameter) in seen else "free"
         seen.setdefault(id(parameter), site)
-        found.append(Site(site, str(node.target), op.name, "weight", tuple(parameter.shape), constraint, axis=op.weight_axis))
+        found.append(
+            Site(
+                site,
+                str(node.target),
+                op.name,
+                "weight",
+                tuple(parameter.shape),
+                constraint,
+                axis=op.weight_axis,
+            )
+        )
     return found
 
 

@@ -8,7 +8,8 @@ moved by a few parts in ten thousand until no entry of the table lies there.
 import torch
 
 from fewbit.errors import PlanError
-from fewbit.model.lowering import function_values, lower
+from fewbit.model.codings import function_values
+from fewbit.model.lowering import lower
 from fewbit.model.program import Coding, Op
 from fewbit.model.simulate import FakeQuantize, QuantizedModel
 

@@ -19,7 +19,13 @@ REQUANTIZATION = "f32_even"
 def adapt(row: Row) -> Row:
     """Signed activations become unsigned of the same width: the same levels, and the only ones with fast x86 kernels."""
     scheme = row.scheme
-    if scheme is None or row.kind == "weight" or not scheme.spec.integer or scheme.dynamic or scheme.qmin >= 0:
+    if (
+        scheme is None
+        or row.kind == "weight"
+        or not scheme.spec.integer
+        or scheme.dynamic
+        or scheme.qmin >= 0
+    ):
         return row
     unsigned = dataclasses.replace(scheme, format=f"u{scheme.format}", narrow=False)
     because = f"{row.because}; unsigned, as the integer kernels of ONNX Runtime on x86 want it"

@@ -67,7 +67,11 @@ class Builder:
         return outputs
 
     def model(
-        self, name: str, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto], metadata: dict[str, str]
+        self,
+        name: str,
+        inputs: list[onnx.ValueInfoProto],
+        outputs: list[onnx.ValueInfoProto],
+        metadata: dict[str, str],
     ) -> onnx.ModelProto:
         """The finished model. ``metadata`` goes into the file's properties."""
         graph = helper.make_graph(self.nodes, name, inputs, outputs, list(self.initializers.values()))
@@ -90,7 +94,14 @@ def value_info(name: str, dtype: str, shape: tuple[int | None, ...] | None) -> o
 
 def onnx_type(dtype: str) -> int:
     """ONNX's number of a torch dtype name."""
-    names = {"float32": "FLOAT", "int64": "INT64", "int32": "INT32", "bool": "BOOL", "uint8": "UINT8", "int8": "INT8"}
+    names = {
+        "float32": "FLOAT",
+        "int64": "INT64",
+        "int32": "INT32",
+        "bool": "BOOL",
+        "uint8": "UINT8",
+        "int8": "INT8",
+    }
     return int(getattr(TensorProto, names[dtype]))
 
 

@@ -8,7 +8,10 @@ from fewbit.targets.onnx.builder import Builder
 def emit_dynamic(builder: Builder, op: Op, x: str) -> str:
     """A linear layer or convolution whose input's range is taken at run time; float32 in and out."""
     codes, scale, zero_point = builder.nodes_of(
-        "DynamicQuantizeLinear", [x], op.layer, [builder.unique(f"{op.layer}_{part}") for part in ("codes", "scale", "zero")]
+        "DynamicQuantizeLinear",
+        [x],
+        op.layer,
+        [builder.unique(f"{op.layer}_{part}") for part in ("codes", "scale", "zero")],
     )
     weight = op.constants["weight"].numpy()
     channels = op.constants["weight_scale"].numpy()

@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor
 
 from fewbit.errors import ArtifactError, TargetError
-from fewbit.model.lowering import function_values, quantize_table
+from fewbit.model.codings import function_values, quantize_table
 from fewbit.model.program import Program
 from fewbit.targets.onnx.runtime import session
 
@@ -64,14 +64,17 @@ def read_back(path: Path) -> Described:
     model = load(path)
     properties = {p.key: p.value for p in model.metadata_props}
     if METADATA not in properties:
-        raise ArtifactError(f"{path}: an ONNX file without fewbit's program; only files that fewbit exported can be verified")
+        raise ArtifactError(
+            f"{path}: an ONNX file without fewbit's program; only files that fewbit exported can be verified"
+        )
     try:
         unpacker = zlib.decompressobj()
         text = unpacker.decompress(base64.b85decode(properties[METADATA]), _LARGEST_DESCRIPTION)
         data = json.loads(text)
         stored = {i.name: i for i in model.graph.initializer}
         tensors = {
-            key: torch.from_numpy(_plain(numpy_helper.to_array(stored[name]))) for key, name in data["constants"].items()
+            key: torch.from_numpy(_plain(numpy_helper.to_array(stored[name])))
+            for key, name in data["constants"].items()
         }
         codes = {str(k): str(v) for k, v in data["codes"].items()}
         program = Program.from_json(data["program"], tensors)
@@ -101,7 +104,9 @@ def _plain(array: np.ndarray) -> np.ndarray:
     return array.astype(np.int8) if array.dtype.itemsize == 1 and array.dtype.kind == "V" else array.copy()
 
 
-def probe(path: Path, inputs: tuple[Tensor, ...], codes: dict[str, str]) -> tuple[list[np.ndarray], dict[str, Tensor]]:
+def probe(
+    path: Path, inputs: tuple[Tensor, ...], codes: dict[str, str]
+) -> tuple[list[np.ndarray], dict[str, Tensor]]:
     """The file's outputs, and the codes (int32) of every value in ``codes``, all graph optimizations on."""
     model = onnx.load(str(path))
     graph = model.graph
@@ -152,7 +157,9 @@ def coverage(path: Path, program: Program, codes: dict[str, str]) -> list[Kernel
             kernels.append(_kernel(op.layer, op.kind, remaining, by_weight))
         elif op.kind == "table":
             function = op.attrs["function"]["target"].split(".")[1]
-            kernels.append(Kernel(op.layer, function, False, "no integer kernel for this function; exact all the same"))
+            kernels.append(
+                Kernel(op.layer, function, False, "no integer kernel for this function; exact all the same")
+            )
         elif op.kind == "module" and op.attrs["type"].startswith(("Conv", "Linear", "LSTM", "GRU")):
             kernels.append(Kernel(op.layer, op.attrs["type"], False, op.note or "planned as float"))
     return kernels

@@ -42,7 +42,9 @@ class Writer:
             self._emit(op)
         infos = []
         for i, (name, dtype, shape) in enumerate(zip(outputs, p.output_dtypes, p.output_shapes, strict=True)):
-            final = self.builder.node("Identity", [self.names[name]], name, output=self.builder.unique(_output(i, outputs)))
+            final = self.builder.node(
+                "Identity", [self.names[name]], name, output=self.builder.unique(_output(i, outputs))
+            )
             infos.append(value_info(final, dtype, shape))
         codes = {v: n for v, n in self.names.items() if v in p.codings and isinstance(n, str)}
         described = {METADATA: describe(p, self.constants, codes)}
@@ -75,7 +77,9 @@ class Writer:
         result = emit_float(self.builder, op, views)
         coding = self.coding(op.output)
         if isinstance(result, list):
-            self.names[op.output] = [self.quantize(r, f"{op.output}_{i}", coding) for i, r in enumerate(result)]
+            self.names[op.output] = [
+                self.quantize(r, f"{op.output}_{i}", coding) for i, r in enumerate(result)
+            ]
         else:
             self.names[op.output] = self.quantize(result, op.output, coding)
 
@@ -127,7 +131,9 @@ class Writer:
         codes, scale = _array(op.constants["weight"]), _array(op.constants["weight_scale"])
         name = f"{op.layer}.weight"
         if codes.dtype not in (np.int8, np.uint8):
-            raise TargetError(f"{op.layer}: {codes.dtype} weights have no integer kernel in ONNX Runtime; use int8")
+            raise TargetError(
+                f"{op.layer}: {codes.dtype} weights have no integer kernel in ONNX Runtime; use int8"
+            )
         if np.abs(codes).max(initial=0) > 7:
             stored = self.stored(op, "weight", codes, name)
         else:
@@ -177,7 +183,11 @@ def _linear(w: Writer, op: Op) -> str:
     """Gemm takes matrices only (and only Gemm takes an int32 bias): more dimensions are folded into rows, and back."""
     shape = op.attrs["shape"]
     codes = w.names[op.inputs[0]]
-    rows = codes if len(shape) == 2 else w.builder.node("Reshape", [codes, w.builder.ints([-1, shape[-1]])], op.layer)
+    rows = (
+        codes
+        if len(shape) == 2
+        else w.builder.node("Reshape", [codes, w.builder.ints([-1, shape[-1]])], op.layer)
+    )
     inputs = [w.float_view(op.inputs[0], rows), w.weight(op), *w.bias(op)]
     result = w.finish(op, w.builder.node("Gemm", inputs, op.layer, transB=1))
     if len(shape) == 2:
@@ -194,7 +204,9 @@ def leading_shape(builder: Builder, like: str, shape: list[int | None], last: in
     return builder.node("Concat", [sizes, builder.ints([last])], "leading", axis=0)
 
 
-def _simple(op_type: str, attributes: Callable[[Op], dict[str, Any]] = lambda op: {}) -> Callable[[Writer, Op], str]:
+def _simple(
+    op_type: str, attributes: Callable[[Op], dict[str, Any]] = lambda op: {}
+) -> Callable[[Writer, Op], str]:
     def emit(w: Writer, op: Op) -> str:
         views = [w.float_view(i) for i in op.inputs]
         return w.finish(op, w.builder.node(op_type, views, op.layer, **attributes(op)))
@@ -230,7 +242,9 @@ _INTEGER: dict[str, Callable[[Writer, Op], str]] = {
     "matmul": _simple("MatMul"),
     "add": _simple("Add"),
     "mul": _simple("Mul"),
-    "avg_pool": _simple("AveragePool", lambda op: {"kernel_shape": op.attrs["kernel"], "strides": op.attrs["stride"]}),
+    "avg_pool": _simple(
+        "AveragePool", lambda op: {"kernel_shape": op.attrs["kernel"], "strides": op.attrs["stride"]}
+    ),
     "global_avg_pool": _global_avg_pool,
     "concat": _simple("Concat", lambda op: {"axis": op.attrs["axis"]}),
     "softmax": _simple("Softmax", lambda op: {"axis": -1}),
