@@ -19,7 +19,7 @@ from fewbit.model.readers.torch import read
 from fewbit.model.simulate import QuantizedModel, without_quantizers
 from fewbit.plan import Plan
 from fewbit.targets import get_target
-from fewbit.targets.onnx import probe, session
+from fewbit.targets.onnx import session
 
 SUFFIXES = {".onnx": "onnx"}
 _SAMPLES = 16
@@ -73,29 +73,25 @@ def export(
     Raises ``TargetError``, ``VerificationError``, or ``ArtifactError`` where the file cannot be written.
     """
     path = Path(path)
-    key = target or SUFFIXES.get(path.suffix)
-    if key is None:
-        raise TargetError(
-            f"{path}: no target has the suffix {path.suffix!r}; expected one of {', '.join(SUFFIXES)}"
-        )
-    runtime = get_target(key)
     quantized = _as_quantized(model, example)
+    key = target or _chosen_target(quantized, path)
+    runtime = get_target(key)
     inputs = (example,) if isinstance(example, Tensor) else example or quantized.example
     inputs = tuple(x[:_SAMPLES] for x in inputs)
     program = lower(quantized)
-    metadata = _metadata(quantized, verify)
+    metadata = _metadata(quantized, key, verify)
     with _temporary(path) as temporary:
         runtime.write(program, temporary, metadata)
         artifact = Artifact(path, key, temporary.stat().st_size)
         if verify:
-            codes = probe.read_back(temporary).codes
-            artifact.verification = check_file(temporary, program, codes, inputs)
+            codes = runtime.describe(temporary).codes
+            artifact.verification = check_file(runtime, temporary, program, codes, inputs)
             artifact.verification.path = str(path)
-            refuse_if_wrong(artifact.verification, program)
+            refuse_if_wrong(artifact.verification, program, "; the file was not kept")
             if time and quantized.integer:
                 artifact.latency = _time(quantized, temporary, inputs)
                 artifact.notes += _slower(artifact.latency)
-        os.replace(temporary, path)
+        temporary.replace(path)
     return artifact
 
 
@@ -106,13 +102,40 @@ def verify(path: str | Path, inputs: Tensor | tuple[Tensor, ...] | None = None) 
     ``VerificationError`` where it differs.
     """
     path = Path(path)
-    described = probe.read_back(path)
+    described = get_target(target_of(path)).describe(path)
+    facts = _facts(path, described.properties)
+    runtime = get_target(str(facts.get("target", target_of(path))))
     given = (inputs,) if isinstance(inputs, Tensor) else inputs or random_inputs(described.program)
-    result = check_file(path, described.program, described.codes, given)
-    if json.loads(described.properties.get("fewbit", "{}")).get("verified") is False:
+    result = check_file(runtime, path, described.program, described.codes, given)
+    if facts.get("verified") is False:
         result.notes.append("this file was exported with verify=False")
     refuse_if_wrong(result, described.program)
     return result
+
+
+def _facts(path: Path, properties: dict[str, str]) -> dict[str, Any]:
+    """What export said of the file: version, target, recipe, verified."""
+    try:
+        facts = json.loads(properties.get("fewbit", "{}"))
+    except ValueError as error:
+        raise ArtifactError(f"{path}: its property 'fewbit' is damaged ({error})") from error
+    return facts if isinstance(facts, dict) else {}
+
+
+def target_of(path: Path) -> str:
+    """The target that a file is for, by its suffix. Raises ``TargetError`` for an unknown one."""
+    key = SUFFIXES.get(path.suffix)
+    if key is None:
+        raise TargetError(
+            f"{path}: no target has the suffix {path.suffix!r}; expected one of {', '.join(SUFFIXES)}"
+        )
+    return key
+
+
+def _chosen_target(model: QuantizedModel, path: Path) -> str:
+    """The target that the model was quantized for, where it writes files of this suffix too."""
+    key = target_of(path)
+    return "tensorrt" if key == "onnx" and model.target == "tensorrt" else key
 
 
 def random_inputs(program: Program, samples: int = 8) -> tuple[Tensor, ...]:
@@ -152,10 +175,11 @@ def _as_quantized(model: nn.Module, example: Any) -> QuantizedModel:
     return QuantizedModel(read(model, inputs).eval(), Plan(()), {}, frozenset(), inputs)
 
 
-def _metadata(model: QuantizedModel, verified: bool) -> dict[str, str]:
+def _metadata(model: QuantizedModel, target: str, verified: bool) -> dict[str, str]:
     from fewbit import __version__
 
-    return {"fewbit": json.dumps({"version": __version__, "recipe": model.plan.recipe, "verified": verified})}
+    facts = {"version": __version__, "target": target, "recipe": model.plan.recipe, "verified": verified}
+    return {"fewbit": json.dumps(facts)}
 
 
 def _time(model: QuantizedModel, path: Path, inputs: tuple[Tensor, ...]) -> dict[str, Latency]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from fewbit.errors import VerificationError
 from fewbit.model.program import Op, Program
 from fewbit.model.reference import Reference
-from fewbit.targets.onnx import probe as onnx_probe
-from fewbit.targets.onnx.probe import Kernel
+from fewbit.targets import Target
+from fewbit.targets.onnx.probe import INTEGER_KERNELS, Kernel
 from fewbit.targets.onnx.saturation import can_saturate
 
 FLOAT_TOLERANCE = (
@@ -49,18 +49,19 @@ class Verification:
     output_differing: int = 0
     output_total: int = 0
     output_error: float = 0.0
+    tolerance: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
     def exact(self) -> bool:
-        """Whether no integer differs."""
-        if any(c.differing for c in self.layers):
+        """Whether no integer differs by more than the target's tolerance (none, for a runtime with integer kernels)."""
+        if any(c.largest > self.tolerance for c in self.layers):
             return False
-        return (
-            self.output_differing == 0
-            if self.whole_network == "bit for bit"
-            else self.output_error <= FLOAT_TOLERANCE
-        )
+        if self.tolerance:
+            return True  # differences of one unit add up on the way: only layers can be judged
+        if self.whole_network == "bit for bit":
+            return self.output_differing == 0
+        return self.output_error <= FLOAT_TOLERANCE
 
     def covered(self, kind: str) -> tuple[int, int]:
         """Operations of a kind in integer kernels, and all of that kind."""
@@ -94,25 +95,26 @@ class Verification:
 
 
 def check_file(
-    path: Path, program: Program, codes: dict[str, str], inputs: tuple[Tensor, ...]
+    target: Target, path: Path, program: Program, codes: dict[str, str], inputs: tuple[Tensor, ...]
 ) -> Verification:
     """Run the file and compare it with ``program``: every integer operation on its own, then the whole network."""
     import onnxruntime
 
-    outputs, seen = onnx_probe.probe(path, inputs, codes)
+    outputs, seen = target.probe(path, inputs, codes)
     reference = Reference(program)
     result = Verification(
         str(path),
         f"ONNX Runtime {onnxruntime.__version__}",
         cpu_name(),
         inputs[0].shape[0] if inputs[0].dim() else 1,
+        tolerance=target.TOLERANCE,
     )
     given = dict(zip(program.inputs, inputs, strict=True))
     for op in program.ops:
         check = _check_op(op, program, reference, seen, given)
         if check is not None:
             result.layers.append(check)
-    result.kernels = onnx_probe.coverage(path, program, codes)
+    result.kernels = target.coverage(path, program, codes)
     _compare_outputs(result, program, reference, inputs, [torch.from_numpy(o) for o in outputs])
     return result
 
@@ -152,7 +154,9 @@ def _compare_outputs(
         return
     values = reference.run(*inputs)
     expected = [values[name] for name in program.output_names()]
-    if floats:
+    if result.tolerance:
+        result.whole_network = f"up to {result.tolerance} unit a layer, which adds up on the way"
+    elif floats:
         result.whole_network = (
             f"float in {len(floats)} places, such as {floats[0]}; tolerance {FLOAT_TOLERANCE:g}"
         )
@@ -165,25 +169,31 @@ def _compare_outputs(
         result.output_error = max(result.output_error, error)
 
 
-def refuse_if_wrong(result: Verification, program: Program) -> None:
+def refuse_if_wrong(result: Verification, program: Program, consequence: str = "") -> None:
     """Raise ``VerificationError`` that names the first layer that differs, with the likely cause."""
-    wrong = next((c for c in result.layers if c.differing), None)
+    wrong = next((c for c in result.layers if c.largest > result.tolerance), None)
     if wrong is not None:
         raise VerificationError(
             f"{result.path}: {wrong.layer} ({wrong.kind}) is the first layer that differs from the reference in "
             f"{result.runtime}: {wrong.differing} of {wrong.total} codes, by up to {wrong.largest}"
-            f"{_cause(wrong, program)}; the file was not kept"
+            f"{_cause(wrong, program)}{consequence}"
         )
     if not result.exact:
         raise VerificationError(
             f"{result.path}: every integer layer agrees, but {result.output_differing} of {result.output_total} outputs "
-            f"differ from the reference (largest relative error {result.output_error:.2g}); the file was not kept"
+            f"differ from the reference (largest relative error {result.output_error:.2g}){consequence}"
         )
-    planned = [k for k in result.kernels if k.kind in onnx_probe.INTEGER_KERNELS]
+    broken = next((k for k in result.kernels if k.kind == "structure"), None)
+    if broken is not None:
+        raise VerificationError(
+            f"{result.path}: {broken.layer} breaks the rules of explicit quantization: {broken.cause}"
+            f"{consequence}"
+        )
+    planned = [k for k in result.kernels if k.kind in INTEGER_KERNELS]
     if planned and not any(k.integer for k in planned):
         raise VerificationError(
             f"{result.path}: no operation runs in an integer kernel of {result.runtime}, so this is no int8 file "
-            f"(first: {planned[0].layer}, {planned[0].cause}); the file was not kept"
+            f"(first: {planned[0].layer}, {planned[0].cause}){consequence}"
         )
 
 

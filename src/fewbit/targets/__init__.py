@@ -1,7 +1,8 @@
 """Targets: the runtimes that a quantized model can be written for. One folder or file each; its name is its key.
 
-A target module has ``adapt(row)`` (the scheme as the runtime wants it), ``check(row)`` (None, or why the runtime cannot
-run it), ``write(model, path)``, ``run(path, inputs)`` and ``REQUANTIZATION`` (the rule its integer kernels follow).
+A target module has ``adapt(row)`` (the scheme as the runtime wants it), ``check(row)`` (None, or why the runtime
+cannot run it), ``portable_bounds`` (weights' ranges that no CPU saturates), ``write``, ``run``, and for the export gate
+``describe`` (the program a file carries), ``probe`` (the codes computed inside it) and ``coverage`` (its kernels).
 """
 
 from pathlib import Path
@@ -10,23 +11,28 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 
 from fewbit.errors import PlanError, TargetError
+from fewbit.model.program import Program
 from fewbit.numerics.scheme import Scheme
 from fewbit.plan import Plan, Row
 from fewbit.registry import Registry
 
 
 class Target(Protocol):
-    """What a target module offers."""
+    """What a target module offers. ``codes`` names, by program value, the tensors of the file that hold its codes."""
 
-    REQUANTIZATION: str
+    REQUANTIZATION: str  # the rule that its integer kernels follow
+    TOLERANCE: int  # by how many units its codes may differ from the reference
 
     def adapt(self, row: Row) -> Row: ...
     def check(self, row: Row) -> str | None: ...
     def portable_bounds(
         self, weight: Tensor, lo: Tensor, hi: Tensor, scheme: Scheme
     ) -> tuple[Tensor, Tensor]: ...
-    def write(self, model: Any, path: Path) -> None: ...
+    def write(self, program: Program, path: Path, metadata: dict[str, str]) -> None: ...
     def run(self, path: Path, inputs: tuple[Tensor, ...]) -> Any: ...
+    def describe(self, path: Path) -> Any: ...
+    def probe(self, path: Path, inputs: tuple[Tensor, ...], codes: dict[str, str]) -> Any: ...
+    def coverage(self, path: Path, program: Program, codes: dict[str, str]) -> list[Any]: ...
 
 
 registry = Registry("fewbit.targets", "target", TargetError)

@@ -2,18 +2,21 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import onnx
 from torch import Tensor
 
-from fewbit.model.lowering import lower
 from fewbit.model.program import Program
 from fewbit.plan import Row
+from fewbit.targets.onnx.probe import Described, coverage, probe, read_back
 from fewbit.targets.onnx.runtime import session
 from fewbit.targets.onnx.saturation import portable_bounds
+from fewbit.targets.onnx.writer import Writer
 
 REQUANTIZATION = "f32_even"
+TOLERANCE = 0
+describe = read_back
 
 
 def adapt(row: Row) -> Row:
@@ -44,10 +47,6 @@ def check(row: Row) -> str | None:
 
 def write(program: Program, path: Path, metadata: dict[str, str]) -> None:
     """Write the program to ``path`` (no verification here: ``fewbit.export`` does that)."""
-    import onnx
-
-    from fewbit.targets.onnx.writer import Writer
-
     onnx.save(Writer(program).model(metadata), str(path))
 
 
@@ -57,4 +56,17 @@ def run(path: Path, inputs: tuple[Tensor, ...]) -> list[np.ndarray]:
     return s.run(None, {i.name: x.numpy() for i, x in zip(s.get_inputs(), inputs, strict=True)})
 
 
-__all__ = ["REQUANTIZATION", "adapt", "check", "lower", "portable_bounds", "run", "session", "write"]
+__all__ = [
+    "REQUANTIZATION",
+    "TOLERANCE",
+    "Described",
+    "adapt",
+    "check",
+    "coverage",
+    "describe",
+    "portable_bounds",
+    "probe",
+    "run",
+    "session",
+    "write",
+]

@@ -134,7 +134,7 @@ class Writer:
             raise TargetError(
                 f"{op.layer}: {codes.dtype} weights have no integer kernel in ONNX Runtime; use int8"
             )
-        if np.abs(codes).max(initial=0) > 7:
+        if self.explicit or np.abs(codes).max(initial=0) > 7:
             stored = self.stored(op, "weight", codes, name)
         else:
             # ONNX Runtime has no 4-bit kernel: it folds this Cast when it loads the file, and then sees int8 weights.
@@ -149,6 +149,9 @@ class Writer:
             return []
         x = np.float32(self.coding(op.inputs[0]).scale)
         scale = (x * _array(op.constants["weight_scale"])).astype(np.float32)
+        if self.explicit:  # TensorRT takes float biases only: what the int32 codes stand for
+            values = (_array(op.constants["bias"]).astype(np.float64) * scale).astype(np.float32)
+            return [self.builder.constant(values, f"{op.layer}.bias")]
         stored = self.stored(op, "bias", _array(op.constants["bias"]), f"{op.layer}.bias")
         scales = self.builder.constant(scale, f"{op.layer}.bias_scale")
         zeros = self.builder.constant(np.zeros(len(scale), np.int32), "zeros")
