@@ -95,7 +95,7 @@ def channels_in(layer: Weighted) -> int:
 def store(name: str, layer: Weighted, weight: Tensor, bias: Tensor | None) -> None:
     """Give a layer new values in its own dtype; ModelError, and no change, if one is not finite there."""
     values = {"weight": weight, "bias": bias}
-    dtype, trained = layer.weight.dtype, layer.weight.requires_grad
+    dtype = layer.weight.dtype
     stored = {key: value.detach().to(dtype) for key, value in values.items() if value is not None}
     for key, value in stored.items():
         bad = (~torch.isfinite(value)).nonzero()
@@ -105,4 +105,6 @@ def store(name: str, layer: Weighted, weight: Tensor, bias: Tensor | None) -> No
                 f"expected a number that {dtype} can hold; look for weights or statistics of extreme size"
             )
     for key, value in stored.items():
+        old = getattr(layer, key)
+        trained = layer.weight.requires_grad if old is None else old.requires_grad
         setattr(layer, key, nn.Parameter(value.contiguous(), requires_grad=trained))
