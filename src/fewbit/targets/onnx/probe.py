@@ -79,6 +79,12 @@ def read_back(path: Path) -> Described:
         codes = {str(k): str(v) for k, v in data["codes"].items()}
         program = Program.from_json(data["program"], tensors)
         for op in program.ops:
+            bias = op.constants.get("bias")
+            if op.domain == "integer" and bias is not None and bias.is_floating_point():
+                unit = np.float32(program.codings[op.inputs[0]].scale) * op.constants["weight_scale"].numpy()
+                op.constants["bias"] = torch.round(bias.double() / torch.from_numpy(unit).double()).to(
+                    torch.int32
+                )
             if op.kind == "table":  # a file stores the function, not its table
                 values = function_values(op.attrs["function"], program.codings[op.inputs[0]])
                 op.constants["table"] = quantize_table(values, program.codings[op.output])

@@ -151,7 +151,7 @@ class Writer:
         scale = (x * _array(op.constants["weight_scale"])).astype(np.float32)
         if self.explicit:  # TensorRT takes float biases only: what the int32 codes stand for
             values = (_array(op.constants["bias"]).astype(np.float64) * scale).astype(np.float32)
-            return [self.builder.constant(values, f"{op.layer}.bias")]
+            return [self.stored(op, "bias", values, f"{op.layer}.bias")]
         stored = self.stored(op, "bias", _array(op.constants["bias"]), f"{op.layer}.bias")
         scales = self.builder.constant(scale, f"{op.layer}.bias_scale")
         zeros = self.builder.constant(np.zeros(len(scale), np.int32), "zeros")
