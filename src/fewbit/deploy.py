@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def export(
 def verify(path: str | Path, inputs: Tensor | tuple[Tensor, ...] | None = None) -> Verification:
     """Run an exported file in its own runtime again and compare it with the integer program that it carries.
 
-    ``inputs``: by default random ones that cover the file's input range. Raises ``ArtifactError`` for a damaged file and
-    ``VerificationError`` where it differs.
+    ``inputs``: by default random ones that cover the file's input range. Raises ``ArtifactError`` for a damaged file
+    and ``VerificationError`` where it differs.
     """
     path = Path(path)
     described = get_target(target_of(path)).describe(path)
@@ -189,9 +190,8 @@ def _time(model: QuantizedModel, path: Path, inputs: tuple[Tensor, ...]) -> dict
         get_target("onnx").write(lower(without_quantizers(model)), floating, {})
         sessions = {"float": session(floating), "quantized": session(path)}
         feed = {i.name: x[:1].numpy() for i, x in zip(sessions["float"].get_inputs(), inputs, strict=True)}
-        return latency(
-            {name: lambda s=s: s.run(None, feed) for name, s in sessions.items()}, repeat=15, seconds=3.0
-        )
+        runs = {name: partial(s.run, None, feed) for name, s in sessions.items()}
+        return latency(runs, repeat=15, seconds=3.0)
 
 
 def _slower(times: dict[str, Latency]) -> list[str]:
@@ -199,12 +199,13 @@ def _slower(times: dict[str, Latency]) -> list[str]:
     if r.median <= 1:
         return []
     return [
-        f"quantized is not faster than float here: {r}; small tensors, float layers in between, or a CPU without VNNI"
+        f"quantized is not faster than float here ({r}): small tensors, float layers in between, or a CPU "
+        "without VNNI"
     ]
 
 
 class _temporary:
-    """A name beside ``path`` that is gone afterwards, whatever happens; a full disk or a missing folder is one clear error."""
+    """A name beside ``path`` that is gone afterwards, whatever happens; a full disk is one clear error."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

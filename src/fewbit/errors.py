@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions: every message names the layer or file, what was found, what was expected and what to do."""
+"""What can go wrong, as exceptions: a message names the layer or file, what was found and expected, and what to do."""
 
 
 class FewbitError(Exception):

@@ -122,7 +122,7 @@ def check_file(
 def _check_op(
     op: Op, program: Program, reference: Reference, seen: dict[str, Tensor], given: dict[str, Tensor]
 ) -> LayerCheck | None:
-    if op.domain not in ("integer", "shares") and op.kind != "quantize" or op.output not in seen:
+    if (op.domain not in ("integer", "shares") and op.kind != "quantize") or op.output not in seen:
         return None
     known = seen | given
     if any(name not in known for name in op.inputs):
@@ -180,7 +180,8 @@ def refuse_if_wrong(result: Verification, program: Program, consequence: str = "
         )
     if not result.exact:
         raise VerificationError(
-            f"{result.path}: every integer layer agrees, but {result.output_differing} of {result.output_total} outputs "
+            f"{result.path}: every integer layer agrees, but {result.output_differing} of {result.output_total} "
+            "outputs "
             f"differ from the reference (largest relative error {result.output_error:.2g}){consequence}"
         )
     broken = next((k for k in result.kernels if k.kind == "structure"), None)

@@ -1,11 +1,12 @@
-"""Lowers a quantized model to its integer program: weights become codes, clamps join their producers, floats stay float.
+"""Lowers a quantized model to its integer program: weights become codes, clamps join producers, floats stay float.
 
 What is lowered as integer was decided when the model was quantized (``QuantizedModel.integer``); here it is only
 translated, and every accumulator is proven to fit 32 bits.
 """
 
 import operator as python_operator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from fewbit.errors import ModelError, PlanError
 from fewbit.model.codings import clamp_codes, coding_of, constant_coding, function_values, quantize_table
-from fewbit.model.graph import constant_of
+from fewbit.model.graph import constant_of, module_of
 from fewbit.model.integer_forms import IntegerForm, integer_form, shape
 from fewbit.model.kernels import quantize
 from fewbit.model.operators import operator
@@ -55,18 +56,32 @@ class _Lowering:
             if node not in self.done and node.op in ("call_module", "call_function", "get_attr"):
                 self._lower(node)
         output = next(n for n in nodes if n.op == "output")
-        outputs = torch.fx.node.map_arg(output.args[0], lambda n: _Name(self._float(self.names[n], n)))
         leaves: list[Node] = []
-        torch.fx.node.map_arg(output.args[0], leaves.append)
+        outputs = self._outputs(output.args[0], leaves)
         return Program(
             inputs=[n.name for n in inputs],
             input_shapes=[free_shape(n) for n in inputs],
             input_dtypes=[dtype_name(n) for n in inputs],
-            outputs=_plain(outputs),
+            outputs=outputs,
             output_shapes=[free_shape(n) for n in leaves],
             output_dtypes=[dtype_name(n) for n in leaves],
             ops=self.ops,
             codings=self.codings,
+        )
+
+    def _outputs(self, structure: Any, leaves: list[Node]) -> Any:
+        """The output structure with value names in place of nodes, which are listed in ``leaves``."""
+        if isinstance(structure, Node):
+            leaves.append(structure)
+            return self._float(self.names[structure], structure)
+        if isinstance(structure, dict):
+            return {k: self._outputs(v, leaves) for k, v in structure.items()}
+        if isinstance(structure, list | tuple):
+            return [self._outputs(v, leaves) for v in structure]
+        if structure is None:
+            return None
+        raise ModelError(
+            f"the model returns a {type(structure).__name__}; expected tensors, in tuples or dicts"
         )
 
     # ---- one node ---------------------------------------------------------------------------------------------------
@@ -159,11 +174,9 @@ class _Lowering:
         """The node whose output carries the codes (the node or its fused activation), and its quantize step."""
         for carrier in (node, *node.users):
             for user in carrier.users:
-                if user.op == "call_module" and isinstance(
-                    self.gm.get_submodule(str(user.target)), FakeQuantize
-                ):
-                    if carrier is node or len(node.users) == 1:
-                        return carrier, user
+                step = module_of(user, self.gm)
+                if isinstance(step, FakeQuantize) and (carrier is node or len(node.users) == 1):
+                    return carrier, user
         raise PlanError(f"{display_name(node)}: planned as integer, but nothing quantizes its output")
 
     def _codes(self, node: Node, output: Coding) -> str:
@@ -243,7 +256,7 @@ class _Lowering:
         elif op is not None and op.name == "dropout":
             self.names[node] = source
         elif op is not None and op.name == "pad":
-            pad = list(node.args[1])  # type: ignore[call-overload]
+            pad = [int(p) for p in cast(Sequence[int], node.args[1])]
             pad += [0] * (2 * len(shape(node)) - len(pad))
             self._emit("pad", "integer", node, [source], attrs={"pad": pad}, coding=coding)
         elif node.target is python_operator.getitem:
@@ -335,21 +348,6 @@ class _Lowering:
             "shape": list(free_shape(_first(node))),
         }
         self._emit("module", "float", node, inputs, attrs=attrs, constants=constants)
-
-
-class _Name:
-    """A value's name inside torch's argument tree (torch.fx would not keep a bare string there)."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-def _plain(structure: Any) -> Any:
-    if isinstance(structure, _Name):
-        return structure.name
-    if isinstance(structure, dict):
-        return {k: _plain(v) for k, v in structure.items()}
-    return [_plain(v) for v in structure]
 
 
 def _first(node: Node) -> Node:

@@ -77,7 +77,7 @@ class Program:
         return [op for op in self.ops if op.domain == "integer"]
 
     def complete(self) -> bool:
-        """Whether every operation has its constants (a program read back from a file may lack those of float layers)."""
+        """Whether every operation has its constants (one read back from a file may lack those of float layers)."""
         return all(op.constants for op in self.ops if op.kind == "module")
 
     def tensors(self) -> dict[str, Tensor]:

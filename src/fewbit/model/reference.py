@@ -14,10 +14,30 @@ from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme
 
 _DYNAMIC = Scheme("uint8", symmetric=False, dynamic=True)
-MODULES = (
-    "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Linear BatchNorm1d BatchNorm2d BatchNorm3d "
-    "LayerNorm GroupNorm RMSNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d Embedding PReLU LSTM GRU RNN Dropout"
-).split()
+MODULES = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "Linear",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LayerNorm",
+    "GroupNorm",
+    "RMSNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "Embedding",
+    "PReLU",
+    "LSTM",
+    "GRU",
+    "RNN",
+    "Dropout",
+]
 _INTEGERS: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg")
 }
@@ -142,6 +162,8 @@ def module_state(op: Op) -> dict[str, Tensor]:
 
 
 def _fill(structure: Any, values: dict[str, Any]) -> Any:
+    if structure is None:
+        return None
     if isinstance(structure, str):
         return values[structure]
     if isinstance(structure, dict):

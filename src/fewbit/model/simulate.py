@@ -111,7 +111,7 @@ class QuantizedModel(nn.Module):
 
 
 def without_quantizers(model: QuantizedModel) -> QuantizedModel:
-    """The same network with the same (dequantized) weights, all in float: what quantization is compared with in speed."""
+    """The same network with the same (dequantized) weights, all in float: what its speed is compared with."""
     gm = copy.deepcopy(model.graph)
     for node in list(gm.graph.nodes):
         if node.op == "call_module" and str(node.target).startswith(f"{QUANTIZERS}."):

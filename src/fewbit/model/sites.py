@@ -49,7 +49,7 @@ def display_name(node: Node) -> str:
 
 
 def layer_name(node: Node) -> str:
-    """The layer that rules match on: a module's path; for a function the path of the module that calls it, and its name."""
+    """The layer that rules match on: a module's path; for a function its caller's path and its own name."""
     if node.op == "call_module":
         return str(node.target)
     owner = str(node.meta.get("layer") or "")

@@ -24,7 +24,7 @@ def free_shape(node: Node) -> tuple[int | None, ...]:
 
 
 def value_type(node: Node) -> Any:
-    """What a node's value is, as JSON: ``[dtype, sizes]`` (None for free ones), "int" for a symbolic size, or a list of these."""
+    """What a node's value is, as JSON: ``[dtype, sizes]`` (None: free), "int" for a symbolic size, or a list of these."""
     value = node.meta.get("val")
     return _type_of(value) if value is not None else [dtype_name(node), list(free_shape(node))]
 

@@ -20,7 +20,7 @@ describe = read_back
 
 
 def adapt(row: Row) -> Row:
-    """Signed activations become unsigned of the same width: the same levels, and the only ones with fast x86 kernels."""
+    """Signed activations become unsigned of the same width: as many levels, and the only ones with fast x86 kernels."""
     scheme = row.scheme
     if (
         scheme is None

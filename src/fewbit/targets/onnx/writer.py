@@ -1,4 +1,4 @@
-"""Writes a program as an ONNX model with QuantizeLinear and DequantizeLinear, in the patterns that ONNX Runtime fuses."""
+"""Writes a program as an ONNX model with QuantizeLinear and DequantizeLinear, in patterns that ONNX Runtime fuses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -228,7 +228,8 @@ def _table(w: Writer, op: Op) -> str:
 
 
 def _clip(w: Writer, op: Op) -> str:
-    return w.clip(w.names[op.inputs[0]], *op.attrs["clamp"], op.output, w.coding(op.output))
+    lo, hi = op.attrs["clamp"]
+    return w.clip(w.names[op.inputs[0]], lo, hi, op.output, w.coding(op.output))
 
 
 def _pad(w: Writer, op: Op) -> str:
