@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 import coverage
@@ -40,8 +41,6 @@ PEERS = {
     "ort-dynamic": Peer("ORT dynamic", "ort_dynamic"),
     "ort-dynamic-linear": Peer("ORT dynamic, linear only", "ort_dynamic", ("linear",)),
     "aimet": Peer("AIMET -> ONNX", "aimet"),
-    "aimet-int4": Peer("AIMET int4 weights -> ONNX", "aimet", ("int4",)),
-    "aimet-int4": Peer("AIMET int4 weights -> ONNX", "aimet", ("int4",)),
     "aimet-int4": Peer("AIMET int4 weights -> ONNX", "aimet", ("int4",)),
     "torchao": Peer("torchao PT2E x86 -> ONNX", "torchao_pt2e"),
     "nncf": Peer("NNCF -> ONNX", "nncf_onnx"),
@@ -149,6 +148,13 @@ class Bench:
                 row[f"latency_t{threads}"] = found[row["name"]]
             if row["name"] in own_float:
                 row[f"own_float_t{threads}"] = found[own_float[row["name"]]]
+
+
+def pair_ratio(row: Row, base: Row, threads: int) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile over the rounds of one row's time divided by another's."""
+    one, other = row[f"latency_t{threads}"]["times_ms"], base[f"latency_t{threads}"]["times_ms"]
+    low, middle, high = quantiles([a / b for a, b in zip(one, other, strict=True)], n=4)
+    return low, middle, high
 
 
 def time_files(files: dict[str, str], one: Path, threads: int, seconds: float) -> dict[str, Any]:

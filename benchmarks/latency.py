@@ -52,8 +52,8 @@ LOADERS = {".onnx": _onnx, ".xml": _openvino, ".pte": _executorch}
 def interleaved(files: dict[str, Path], x: np.ndarray, threads: int, seconds: float = 10.0) -> dict[str, Any]:
     """Times every file in turn, in rounds, for about `seconds` for all together.
 
-    Returns by name: median, quartiles and minimum in ms of one call, and `ratio`, the median over the rounds
-    of this file's time divided by the first file's in the same round.
+    Returns by name: median, quartiles, minimum and all rounds in ms of one call; `ratio`, the median over
+    rounds of this file's time divided by the first file's in the same round.
     """
     calls = {name: LOADERS[path.suffix](path, x, threads) for name, path in files.items()}
     repeats = {}
@@ -78,7 +78,7 @@ def _timed(call: Call, repeats: int) -> float:
     return (time.perf_counter() - started) / repeats
 
 
-def _summary(times: list[float], base: list[float]) -> dict[str, float]:
+def _summary(times: list[float], base: list[float]) -> dict[str, Any]:
     low, middle, high = statistics.quantiles(times, n=4)
     return {
         "median_ms": 1e3 * middle,
@@ -86,7 +86,7 @@ def _summary(times: list[float], base: list[float]) -> dict[str, float]:
         "high_ms": 1e3 * high,
         "min_ms": 1e3 * min(times),
         "ratio": statistics.median(t / b for t, b in zip(times, base, strict=True)),
-        "rounds": len(times),
+        "times_ms": [round(1e3 * t, 5) for t in times],
     }
 
 
