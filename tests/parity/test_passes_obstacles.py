@@ -1,0 +1,395 @@
+"""What the passes leave alone and why, and what they refuse, word for word."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from fewbit.errors import CalibrationError, FewbitError, ModelError
+from fewbit.model.readers.torch import read
+from fewbit.passes import bias_correction, run
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """Three convolutions, the first two with batch norm; `forward` as the test wants it."""
+
+    def __init__(self, forward: Callable[[Net, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv3 = nn.Conv2d(4, 4, 1)
+        self.linear = nn.Linear(4 * 64, 4)
+        self.function = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def graph(forward: Callable[[Net, Tensor], Tensor], x: Tensor = X) -> fx.GraphModule:
+    torch.manual_seed(0)
+    return read(Net(forward).eval(), (x,))
+
+
+def plain(m: Net, x: Tensor) -> Tensor:
+    return m.conv3(F.relu(m.bn2(m.conv2(F.relu(m.bn1(m.conv1(x)))))))
+
+
+def message(error: type[FewbitError], call: Callable[[], object]) -> str:
+    with pytest.raises(error) as caught:
+        call()
+    return str(caught.value)
+
+
+# batch norm -------------------------------------------------------------------------------------------------
+
+STAYS = {
+    "read by others": (
+        lambda m, x: m.bn1(y := m.conv1(x)) + y,
+        "bn1 stays: the output of conv1 is also read by 'add'",
+    ),
+    "no producer": (
+        lambda m, x: m.bn1(F.relu(m.conv1(x))),
+        "bn1 stays: its input 'relu' is not the output of a convolution or linear layer",
+    ),
+    "two batch norms": (
+        lambda m, x: m.bn2(m.conv2(m.bn1(m.conv2(m.conv1(x))))),
+        "bn1 stays: conv2 is called 2 times, and this batch norm does not follow each",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_batch_norm_that_stays_says_why(name: str) -> None:
+    forward, note = STAYS[name]
+    gm = graph(forward)
+    before = {k: v.clone() for k, v in gm.state_dict().items()}
+    assert note in run("fold_batch_norm", gm, (X,))
+    assert all(torch.equal(before[k], v) for k, v in gm.state_dict().items())
+
+
+def test_batch_norm_over_another_axis_stays() -> None:
+    """A linear layer on (batch, length, channels): batch norm 1d takes the length for channels."""
+    x = torch.randn(2, 5, 6)
+    gm = read(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).eval(), (x,))
+    assert run("fold_batch_norm", gm, (x,)) == ["1 stays: it does not normalise the output channels of 0"]
+
+
+def test_batch_norm_of_each_batch_stays() -> None:
+    class OwnStatistics(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x))
+
+    gm = read(OwnStatistics().eval(), (X,))
+    notes = run("fold_batch_norm", gm, (X,))
+    assert not any("folded" in note for note in notes)
+
+
+def test_two_batch_norms_in_a_row_are_both_folded() -> None:
+    gm = graph(lambda m, x: m.bn2(m.bn1(m.conv1(x))))
+    assert run("fold_batch_norm", gm, (X,)) == ["bn1 folded into conv1", "bn2 folded into conv1"]
+    assert [n.op for n in gm.graph.nodes] == ["placeholder", "call_module", "output"]
+
+
+def test_variance_zero_is_folded_with_eps() -> None:
+    gm = graph(plain)
+    gm.bn1.running_var[2] = 0.0
+    with torch.no_grad():
+        expected = gm(X)
+        run("fold_batch_norm", gm, (X,))
+        assert torch.allclose(gm(X), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_constant_channel_of_zero_gain() -> None:
+    gm = graph(plain)
+    gm.bn1.weight.data[1], gm.bn1.bias.data[1] = 0.0, 0.25
+    run("fold_batch_norm", gm, (X,))
+    assert not gm.conv1.weight[1].any()
+    assert gm.conv1.bias[1] == 0.25
+
+
+BROKEN = {
+    "nan mean": (
+        lambda bn: bn.running_mean.__setitem__(3, float("nan")),
+        "batch norm 'bn2': running_mean is nan in channel 3: expected finite numbers; run the model in train mode on "
+        "clean data to repair its statistics",
+    ),
+    "infinite variance": (
+        lambda bn: bn.running_var.__setitem__(0, float("inf")),
+        "batch norm 'bn2': running_var is inf in channel 0: expected finite numbers; run the model in train mode on "
+        "clean data to repair its statistics",
+    ),
+    "negative variance": (
+        lambda bn: bn.running_var.__setitem__(1, -0.5),
+        "batch norm 'bn2': running_var is -0.5 in channel 1, eps is 1e-05: expected a positive sum; set eps or "
+        "repair the variance",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_statistics(name: str) -> None:
+    breaks, expected = BROKEN[name]
+    gm = graph(plain)
+    breaks(gm.bn2)
+    before = {k: v.clone() for k, v in gm.state_dict().items()}
+    assert message(ModelError, lambda: run("fold_batch_norm", gm, (X,))) == expected
+    assert all(torch.equal(before[k].nan_to_num(9), v.nan_to_num(9)) for k, v in gm.state_dict().items())
+
+
+def test_folded_weight_too_large_for_float32() -> None:
+    gm = graph(plain)
+    gm.bn1.weight.data[0] = 3e38
+    gm.conv1.weight.data[0, 1, 0, 2] = 2.0
+    assert message(ModelError, lambda: run("fold_batch_norm", gm, (X,))) == (
+        "layer 'conv1': its new weight is inf at [0, 1, 0, 2]: expected a number that torch.float32 can hold; look "
+        "for weights or statistics of extreme size"
+    )
+
+
+# equalization -----------------------------------------------------------------------------------------------
+
+PARTNERLESS = {
+    "relu6": (lambda m, x: m.conv2(F.relu6(m.conv1(x))), "'relu6' clamps at fixed values, so a factor cannot pass"),
+    "hardtanh": (
+        lambda m, x: m.conv2(F.hardtanh(m.conv1(x))),
+        "'hardtanh' clamps at fixed values, so a factor cannot pass",
+    ),
+    "sigmoid": (lambda m, x: m.conv2(m.conv1(x).sigmoid()), "'sigmoid' does not let a factor per channel pass"),
+    "add": (lambda m, x: m.conv2(m.conv1(x) + 1.0), "'add' does not let a factor per channel pass"),
+    "softmax": (lambda m, x: m.conv2(m.conv1(x).softmax(1)), "'softmax' does not let a factor per channel pass"),
+    "batch norm": (lambda m, x: m.conv2(m.bn1(m.conv1(x))), "'bn1' does not let a factor per channel pass"),
+    "padding with ones": (
+        lambda m, x: m.conv2(F.pad(m.conv1(x), (1, 1), value=1.0)),
+        "'pad' does not let a factor per channel pass",
+    ),
+    "mean over channels": (
+        lambda m, x: m.conv2(m.conv1(x).mean(1, keepdim=True).expand(-1, 4, -1, -1)),
+        "'mean' does not let a factor per channel pass",
+    ),
+    "pooling over channels": (
+        lambda m, x: m.linear(F.avg_pool2d(m.conv1(x).permute(0, 2, 3, 1), (1, 1)).flatten(1)),
+        "'avg_pool2d' does not let a factor per channel pass",
+    ),
+    "read twice": (
+        lambda m, x: m.conv2(F.relu(y := m.conv1(x))) + y,
+        "the output of 'conv1' is read by 2 operators",
+    ),
+    "called twice": (lambda m, x: m.conv2(F.relu(m.conv2(m.conv1(x)))), "conv2 is called more than once"),
+    "another axis": (
+        lambda m, x: m.conv2(F.adaptive_avg_pool2d(m.conv1(x), 4).transpose(1, 2)),
+        "its channels are not the input channels of conv2",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTNERLESS)
+def test_layers_without_a_partner_say_why(name: str) -> None:
+    forward, reason = PARTNERLESS[name]
+    gm = graph(forward)
+    before = {k: v.clone() for k, v in gm.state_dict().items()}
+    notes = run("equalize", gm, (X,))
+    assert all(torch.equal(before[k], v) for k, v in gm.state_dict().items())
+    assert f"conv1 not equalized with a later layer: {reason}" in notes
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.relu(self.b(F.relu(self.a(x)))))
+
+
+def test_tied_layers_are_not_equalized() -> None:
+    x = torch.randn(3, 4)
+    gm = read(Tied().eval(), (x,))
+    assert run("equalize", gm, (x,)) == [
+        "a not equalized with a later layer: a shares a parameter with another layer",
+        "b not equalized with a later layer: b shares a parameter with another layer",
+    ]
+
+
+PASSES = {
+    "pad and reflect": lambda m, x: m.conv2(F.pad(F.pad(m.conv1(x), (1, 2)), (1, 1, 1, 1), mode="reflect")),
+    "upsampling": lambda m, x: m.conv2(F.interpolate(m.conv1(x), scale_factor=2.0, mode="nearest")),
+    "doubled and halved": lambda m, x: m.conv2(F.relu(m.conv1(x) * -2.0) / 4.0),
+    "adaptive pooling": lambda m, x: m.conv2(F.adaptive_avg_pool2d(F.leaky_relu(m.conv1(x)), 5)),
+    "there and back": lambda m, x: m.conv2(m.conv1(x).permute(0, 2, 3, 1).relu().permute(0, 3, 1, 2)),
+    "flattened": lambda m, x: m.linear(F.relu(m.conv1(x)).flatten(1)),
+    "viewed": lambda m, x: m.linear(F.relu(m.conv1(x)).view(x.shape[0], 4, -1).reshape(x.shape[0], -1)),
+    "mean over the image": lambda m, x: m.conv3(m.conv1(x).mean((2, 3))[:, :, None, None]),
+    "largest of the image": lambda m, x: m.conv3(m.conv1(x).amax((-2, -1), keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_factors_pass(name: str) -> None:
+    """Weights of very unlike sizes move, and the outputs stay, also for a batch size that the pass did not see."""
+    gm = graph(PASSES[name])
+    gm.conv1.weight.data *= torch.tensor([0.01, 1.0, 30.0, 5.0]).reshape(-1, 1, 1, 1)
+    more = torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        expected = gm(more)
+        notes = run("equalize", gm, (X,))
+        assert torch.allclose(gm(more), expected, atol=1e-5 * float(expected.abs().max()))
+    assert notes[0].startswith("conv1 -> ")
+    assert "equalized, factors up to" in notes[0]
+    assert (gm.conv1.weight[2].abs().max() / gm.conv1.weight[0].abs().max()).item() < 300
+
+
+def test_a_reshape_that_only_looks_right_on_the_example() -> None:
+    """Channels end up in front of the linear layer's axis for this image size; for another they would not."""
+    module = nn.Sequential(nn.Conv1d(2, 4, 1), nn.Linear(4, 3))
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = module
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parts[1](self.parts[0](x).reshape(x.shape[0], -1, 4))
+
+    x = torch.randn(2, 2, 4)
+    gm = read(Mixed().eval(), (x,))
+    before = {k: v.clone() for k, v in gm.state_dict().items()}
+    run("equalize", gm, (x,))
+    assert all(torch.equal(before[k], v) for k, v in gm.state_dict().items())
+
+
+def test_dead_channels_are_reported_and_left() -> None:
+    gm = graph(lambda m, x: m.conv2(F.relu(m.conv1(x))))
+    gm.conv1.weight.data[1] = 0.0
+    gm.conv2.weight.data[:, 3] = 0.0
+    kept = gm.conv1.weight[3].detach().clone(), gm.conv2.weight[:, 1].detach().clone()
+    note = run("equalize", gm, (X,))[0]
+    assert note.endswith("; channels [1, 3] have only zero weights on one side")
+    assert torch.equal(gm.conv1.weight[3], kept[0])
+    assert torch.equal(gm.conv2.weight[:, 1], kept[1])
+
+
+def test_weights_that_are_not_finite() -> None:
+    gm = graph(lambda m, x: m.conv2(F.relu(m.conv1(x))))
+    gm.conv2.weight.data[1, 2, 0, 0] = float("nan")
+    assert message(ModelError, lambda: run("equalize", gm, (X,))) == (
+        "layer 'conv2': weight is nan at [1, 2, 0, 0]: expected finite numbers; repair or retrain the layer first"
+    )
+
+
+# bias correction --------------------------------------------------------------------------------------------
+
+
+def rounded(gm: fx.GraphModule) -> fx.GraphModule:
+    gm = copy.deepcopy(gm)
+    for name in ("conv1", "conv2", "conv3"):
+        layer = gm.get_submodule(name)
+        layer.weight = nn.Parameter(torch.round(layer.weight.detach() * 8) / 8)
+    return gm
+
+
+BATCHES = [(X,), (X + 0.5,)]
+LAYERS = ["conv1", "conv2", "conv3"]
+
+
+def one_shot() -> Iterator[tuple[Tensor]]:
+    yield from BATCHES
+
+
+REFUSED = {
+    "no batches": ([], LAYERS, CalibrationError, "bias correction got no batches: give calibration data"),
+    "an iterator": (
+        one_shot,
+        LAYERS,
+        CalibrationError,
+        "bias correction saw 256 outputs of 'conv1' and then 0: expected the same batches on every reading; give a "
+        "list, not an iterator",
+    ),
+    "not a layer": (
+        BATCHES,
+        ["conv1", "bn1"],
+        ModelError,
+        "bias correction: 'bn1' is not a convolution or linear layer of both graphs; they have conv1, conv2, conv3",
+    ),
+    "nan in the data": (
+        [(X,), (torch.full_like(X, float("nan")),)],
+        LAYERS,
+        CalibrationError,
+        "bias correction: the mean of 'conv1' is not finite in channel 0; look for NaN or infinite values in the "
+        "data or the weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bias_correction_refuses(name: str) -> None:
+    batches, layers, error, expected = REFUSED[name]
+    gm = graph(plain)
+    quantized = rounded(gm)
+    kept = {k: v.clone() for k, v in quantized.state_dict().items()}
+    data = batches() if callable(batches) else batches
+    assert message(error, lambda: bias_correction.correct(gm, quantized, data, layers)) == expected
+    assert all(torch.equal(v, kept[k]) for k, v in quantized.state_dict().items())
+
+
+def test_interrupted_correction_leaves_the_biases() -> None:
+    """Ctrl-C in the last reading, after the biases have been moved."""
+    gm = graph(plain)
+    quantized = rounded(gm)
+    readings = 0
+
+    class Interrupted:
+        def __iter__(self) -> Iterator[tuple[Tensor]]:
+            nonlocal readings
+            readings += 1
+            yield from BATCHES
+            if readings == 4:
+                raise KeyboardInterrupt
+
+    kept = {k: v.clone() for k, v in quantized.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt):
+        bias_correction.correct(gm, quantized, Interrupted(), LAYERS)
+    assert readings == 4
+    assert all(torch.equal(v, kept[k]) for k, v in quantized.state_dict().items())
+
+
+def test_correction_that_cannot_help_is_refused() -> None:
+    """A layer fixed to a constant output from outside cannot be moved by its bias."""
+    gm = graph(lambda m, x: m.conv2(F.relu(m.conv1(x))))
+    quantized = copy.deepcopy(gm)
+    quantized.conv1.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output) + 3.0)
+    text = message(CalibrationError, lambda: bias_correction.correct(gm, quantized, BATCHES, ["conv1"]))
+    assert re.fullmatch(
+        r"bias correction cannot move the mean of 'conv1', off by \d+\.\d% of the output's root mean square, to "
+        r"where it belongs; use more bits or leave the correction out", text)  # fmt: skip
+
+
+def test_shared_bias_becomes_its_own() -> None:
+    x = torch.randn(64, 4)
+    gm = read(Tied().eval(), (x,))
+    gm.b.bias = gm.a.bias
+    quantized = copy.deepcopy(gm)
+    quantized.a.weight.data = torch.round(quantized.a.weight.data * 3) / 3
+    assert quantized.a.bias is quantized.b.bias
+    kept = quantized.b.bias.detach().clone()
+    bias_correction.correct(gm, quantized, [(x,)], ["a"])
+    assert torch.equal(quantized.b.bias, kept)
+    assert not torch.equal(quantized.a.bias, kept)
+    assert quantized.a.weight is quantized.b.weight
+
+
+def test_nothing_to_correct() -> None:
+    gm = graph(plain)
+    assert bias_correction.correct(gm, copy.deepcopy(gm), BATCHES, []) == ["no layers to correct"]
