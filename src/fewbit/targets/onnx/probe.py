@@ -159,7 +159,7 @@ def coverage(path: Path, program: Program, codes: dict[str, str]) -> list[Kernel
     remaining = {kind: sum(counts.get(t, 0) for t in types) for kind, types in INTEGER_KERNELS.items()}
     by_weight = {name: node.op_type for node in nodes for name in node.input if name}
     for op in program.ops:
-        if op.kind in INTEGER_KERNELS:
+        if op.kind in INTEGER_KERNELS and (op.domain == "integer" or op.kind.startswith("dynamic_")):
             kernels.append(_kernel(op.layer, op.kind, remaining, by_weight))
         elif op.kind == "table":
             function = op.attrs["function"]["target"].split(".")[1]
