@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import quantiles
+from statistics import median
 from typing import Any
 
 import coverage
@@ -151,10 +151,15 @@ class Bench:
 
 
 def pair_ratio(row: Row, base: Row, threads: int) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile over the rounds of one row's time divided by another's."""
+    """One row's time divided by another's in the same round: the median over rounds and its 95 % interval.
+
+    The interval is between order statistics (binomial, no assumption on the distribution): low, median, high.
+    """
     one, other = row[f"latency_t{threads}"]["times_ms"], base[f"latency_t{threads}"]["times_ms"]
-    low, middle, high = quantiles([a / b for a, b in zip(one, other, strict=True)], n=4)
-    return low, middle, high
+    ratios = sorted(a / b for a, b in zip(one, other, strict=True))
+    reach = 0.98 * len(ratios) ** 0.5
+    low, high = max(0, int(len(ratios) / 2 - reach)), min(len(ratios) - 1, int(len(ratios) / 2 + reach))
+    return ratios[low], median(ratios), ratios[high]
 
 
 def time_files(files: dict[str, str], one: Path, threads: int, seconds: float) -> dict[str, Any]:
