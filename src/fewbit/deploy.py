@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from fewbit.model.readers.torch import read
 from fewbit.model.simulate import QuantizedModel, without_quantizers
 from fewbit.plan import Plan
 from fewbit.targets import get_target
-from fewbit.targets.onnx import session
+from fewbit.targets.onnx import open_session, session
 
 SUFFIXES = {".onnx": "onnx"}
 _SAMPLES = 16
@@ -112,6 +113,44 @@ def verify(path: str | Path, inputs: Tensor | tuple[Tensor, ...] | None = None) 
         result.notes.append("this file was exported with verify=False")
     refuse_if_wrong(result, described.program)
     return result
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What is inside a file that fewbit exported, as JSON types: its operations, their formats and their kernels."""
+    path = Path(path)
+    runtime = get_target(target_of(path))
+    described = runtime.describe(path)
+    program = described.program
+    kernels = {k.layer: k for k in runtime.coverage(path, program, described.codes)}
+    rows = []
+    for op in program.ops:
+        coding = program.codings.get(op.output)
+        weight = op.constants.get("weight") if op.domain == "integer" else None
+        kernel = kernels.get(op.layer)
+        how = op.domain if kernel is None or kernel.integer else f"{op.domain}: {kernel.cause}"
+        rows.append(
+            {
+                "layer": op.layer,
+                "kind": op.attrs["type"] if op.kind == "module" else op.kind,
+                "weights": "" if weight is None else f"{tuple(weight.shape)}",
+                "output": "float" if coding is None else f"{coding.scheme.format}, scale {coding.scale:.4g}",
+                "computes": how,
+            }
+        )
+    facts = _facts(path, described.properties)
+    return {"path": str(path), "bytes": path.stat().st_size, "facts": facts, "operations": rows}
+
+
+def runner(path: str | Path) -> Callable[..., Tensor]:
+    """A function from input tensors to the first output of an ONNX file, run in ONNX Runtime."""
+    opened = open_session(Path(path))
+    names = [i.name for i in opened.get_inputs()]
+
+    def answer(*inputs: Tensor) -> Tensor:
+        feed = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+        return torch.from_numpy(opened.run(None, feed)[0])
+
+    return answer
 
 
 def _facts(path: Path, properties: dict[str, str]) -> dict[str, Any]:

@@ -4,16 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fewbit.demo.network import load
-from fewbit.deploy import Artifact, export
+from fewbit.deploy import Artifact, export, runner
 from fewbit.evaluation.metrics import Report, evaluate
 from fewbit.model.lowering import lower
 from fewbit.model.reference import Reference
 from fewbit.pipeline import quantize
-from fewbit.targets.onnx import session
 
 METRICS = ("accuracy", "precision", "recall", "f1")
 
@@ -49,20 +47,10 @@ def run(folder: Path) -> Demonstration:
     floating = export(network, folder / "digits.onnx", example=torch.from_numpy(data.test_images[:16]))
     artifact = export(quantized, folder / "digits.int8.onnx")
     test = (data.test_images, data.test_labels)
-    runs = {name: _runner(path) for name, path in (("float", floating.path), ("int8", artifact.path))}
+    runs = {name: runner(path) for name, path in (("float", floating.path), ("int8", artifact.path))}
     float_report = evaluate(runs["float"], test, METRICS)
     int8_report = evaluate(runs["int8"], test, METRICS, baseline=runs["float"])
     expected = Reference(lower(quantized))(torch.from_numpy(data.test_images))
     actual = runs["int8"](torch.from_numpy(data.test_images))
     differing = int((expected != actual).sum())
     return Demonstration(artifact, floating.size, float_report, int8_report, differing, actual.numel())
-
-
-def _runner(path: Path) -> Any:
-    opened = session(path)
-    name = opened.get_inputs()[0].name
-
-    def answer(images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(opened.run(None, {name: images.numpy()})[0]))
-
-    return answer

@@ -10,7 +10,7 @@ from torch import Tensor
 from fewbit.model.program import Program
 from fewbit.plan import Row
 from fewbit.targets.onnx.probe import Described, coverage, probe, read_back
-from fewbit.targets.onnx.runtime import session
+from fewbit.targets.onnx.runtime import open_session, session
 from fewbit.targets.onnx.saturation import portable_bounds
 from fewbit.targets.onnx.writer import Writer
 
@@ -64,6 +64,7 @@ __all__ = [
     "check",
     "coverage",
     "describe",
+    "open_session",
     "portable_bounds",
     "probe",
     "run",

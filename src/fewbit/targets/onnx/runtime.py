@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fewbit.errors import MissingExtraError
+from fewbit.errors import ArtifactError, MissingExtraError
 
 
 def session(source: Path | bytes, threads: int | None = None, optimized: Path | None = None) -> Any:
@@ -26,3 +26,15 @@ def session(source: Path | bytes, threads: int | None = None, optimized: Path | 
     return ort.InferenceSession(
         source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
     )
+
+
+def open_session(path: Path) -> Any:
+    """A session for anybody's file. Raises ``ArtifactError`` where it is missing or ONNX Runtime refuses it."""
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no such file")
+    try:
+        return session(path)
+    except Exception as error:  # onnxruntime raises types of its own, which have no common importable base
+        raise ArtifactError(
+            f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0][:200]})"
+        ) from error
