@@ -96,6 +96,27 @@ def test_batch_norm_of_each_batch_stays() -> None:
     assert not any("folded" in note for note in notes)
 
 
+def test_tied_weights_come_apart() -> None:
+    class TiedConvolutions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.bn, self.conv2 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+            self.conv2.weight = self.conv1.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv2(self.bn(self.conv1(x)))
+
+    gm = read(TiedConvolutions().eval(), (X,))
+    gm.bn.running_var.fill_(0.25)
+    assert gm.conv1.weight is gm.conv2.weight
+    kept = gm.conv2.weight.detach().clone()
+    assert run("fold_batch_norm", gm, (X,)) == [
+        "bn folded into conv1, which shares its parameters with other layers no more"
+    ]
+    assert torch.equal(gm.conv2.weight, kept)
+    assert torch.allclose(gm.conv1.weight, 2 * kept, rtol=1e-4)
+
+
 def test_two_batch_norms_in_a_row_are_both_folded() -> None:
     gm = graph(lambda m, x: m.bn2(m.bn1(m.conv1(x))))
     assert run("fold_batch_norm", gm, (X,)) == ["bn1 folded into conv1", "bn2 folded into conv1"]

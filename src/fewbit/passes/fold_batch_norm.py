@@ -26,7 +26,8 @@ def apply(gm: fx.GraphModule) -> list[str]:
     """Folds, in place, every batch norm that directly follows a layer whose output nobody else reads.
 
     A layer that is called several times is folded when the same batch norm follows each call. Other batch
-    norms stay, and a note says why. Computed in float64, stored in the layer's dtype; a missing bias appears.
+    norms stay, and a note says why. Computed in float64, stored in the layer's dtype; a missing bias appears,
+    and a layer whose parameters are tied to another's gets its own.
 
     Raises:
         ModelError: a batch norm has values that are not finite or a variance that is not positive, or a
@@ -47,10 +48,12 @@ def apply(gm: fx.GraphModule) -> list[str]:
         if reason is not None or layer is None:
             notes.append(f"{node.target} stays: {reason}")
             continue
+        tied = is_shared(layer, shared_parameters(gm))
         _fold(str(producer.target), layer, _norm(node, gm))
         for call in calls(gm)[str(producer.target)]:
             gone.add(_remove(next(iter(call.users)), call))
-        notes.append(f"{node.target} folded into {producer.target}")
+        alone = ", which shares its parameters with other layers no more" if tied else ""
+        notes.append(f"{node.target} folded into {producer.target}{alone}")
     gm.delete_all_unused_submodules()
     return notes
 
@@ -92,8 +95,6 @@ def _obstacle(node: fx.Node, producer: fx.Node, gm: fx.GraphModule) -> str | Non
         return f"its input {producer.name!r} is not the output of a convolution or linear layer"
     if _rank(producer) != (2 if isinstance(layer, nn.Linear) else layer.weight.dim()):
         return f"it does not normalise the output channels of {producer.target}"
-    if is_shared(layer, shared_parameters(gm)):
-        return f"{producer.target} shares a parameter with another layer"
     same = calls(gm)[str(producer.target)]
     for call in same:
         others = [reader for reader in call.users if reader is not node]
