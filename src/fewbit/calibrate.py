@@ -1,16 +1,51 @@
-"""Calibration: one pass over the data, one observer a site, bounded memory."""
+"""Calibration: one pass over the data, one observer a site, bounded memory; and what that data did not cover."""
 
-from collections.abc import Callable, Iterable
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from fewbit.data import Batches
 from fewbit.errors import CalibrationError, FewbitError
-from fewbit.observers import RangeObserver
+from fewbit.model.integer_forms import FIXED_UNIT
+from fewbit.model.simulate import FakeQuantize, QuantizedModel
+from fewbit.model.sites import Placement, display_name
+from fewbit.numerics.scheme import Scheme, qparams
+from fewbit.observers import RangeObserver, make_observer
+from fewbit.plan import Plan
 
 Watch = Callable[[Tensor], None]
+_FEW = 32  # samples below which ranges are mostly luck
+_CLIPPED = (
+    0.005  # of a layer's held-out values: above this share, and five times that of calibration, is a warning
+)
+_SHOW_AFTER = 2.0  # seconds of work before a progress bar is worth its lines
+
+
+class CalibrationWarning(UserWarning):
+    """Something about the calibration data or the ranges that a user should look at."""
+
+
+@dataclass
+class Facts:
+    """What calibration saw. ``peak_bytes`` is the process's largest resident set so far, measured by the kernel."""
+
+    samples: int = 0
+    batches: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
 
 
 class Watcher(Interpreter):
@@ -29,26 +64,151 @@ class Watcher(Interpreter):
 
 
 def calibrate(
-    gm: GraphModule, batches: Iterable[tuple[tuple[Tensor, ...], Any]], observers: dict[Node, tuple[str, RangeObserver]]
-) -> int:
-    """Show every batch to the observers (site name and observer by node). Returns the number of samples.
+    gm: GraphModule,
+    batches: Batches,
+    observers: dict[Node, tuple[str, RangeObserver]],
+    facts: Facts,
+    progress: bool = False,
+) -> None:
+    """Show every batch to the observers (site name and observer by node), and count in ``facts``.
 
     Raises ``CalibrationError`` that names the layer where a range cannot be estimated.
     """
+    started = time.perf_counter()
+    watcher = Watcher(gm, {node: _watch(site, observer) for node, (site, observer) in observers.items()})
+    with torch.inference_mode():
+        for inputs, _ in shown(batches, batches.length, "calibrating", progress):
+            watcher.run(*inputs)
+            facts.batches += 1
+            facts.samples += inputs[0].shape[0] if inputs[0].dim() else 1
+    facts.seconds = time.perf_counter() - started
+    facts.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def watch(site: str, observer: RangeObserver) -> Watch:
-        def update(x: Tensor) -> None:
-            try:
-                observer.update(x)
-            except FewbitError as error:
-                raise CalibrationError(f"{site}: {error}") from error
 
-        return update
+def _watch(site: str, observer: RangeObserver) -> Watch:
+    def update(x: Tensor) -> None:
+        try:
+            observer.update(x)
+        except FewbitError as error:
+            raise CalibrationError(f"{site}: {error}") from error
 
-    watcher = Watcher(gm, {node: watch(site, observer) for node, (site, observer) in observers.items()})
-    samples = 0
+    return update
+
+
+def shown(items: Iterable[Any], total: int | None, what: str, progress: bool) -> Iterator[Any]:
+    """The items, with a progress bar and the time left on a terminal's stderr once they take a while."""
+    if not (progress and sys.stderr.isatty()):
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    started, bar, task = time.perf_counter(), None, None
+    try:
+        for done, item in enumerate(items, 1):
+            yield item
+            if bar is None and time.perf_counter() - started > _SHOW_AFTER:
+                bar = Progress(console=Console(stderr=True), transient=True)
+                bar.start()
+                task = bar.add_task(what, total=total)
+            if bar is not None and task is not None:
+                bar.update(task, completed=done)
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def calibrate_activations(
+    gm: GraphModule, placement: Placement, plan: Plan, batches: Batches | None, facts: Facts, progress: bool
+) -> dict[Node, FakeQuantize]:
+    """The quantize step of every node at which codes are born: observed on the batches, or fixed by the operator."""
+    rows = {node: plan.row(site_name(node, placement)) for node in placement.born}
+    rows = {node: row for node, row in rows.items() if row.scheme is not None}
+    observers = {
+        node: (row.site, make_observer(row.observer, row.scheme))
+        for node, row in rows.items()
+        if row.observer is not None and row.scheme is not None
+    }
+    if observers and batches is not None:
+        calibrate(gm, batches, observers, facts, progress)
+        if facts.samples < _FEW:
+            facts.warnings.append(
+                f"only {facts.samples} calibration samples: ranges from fewer than {_FEW} are mostly luck; "
+                "a few hundred are usual"
+            )
+    quantizers = {}
+    for node, row in rows.items():
+        assert row.scheme is not None
+        if node in observers:
+            scale, zero_point = _observed(*observers[node], row.scheme, facts)
+        else:
+            scale, zero_point = fixed_coding(row.scheme)
+        quantizers[node] = FakeQuantize(row.scheme, scale, zero_point)
+    return quantizers
+
+
+def _observed(site: str, observer: RangeObserver, scheme: Scheme, facts: Facts) -> tuple[Tensor, Tensor]:
+    try:
+        lo, hi = observer.bounds()
+        if bool((lo == hi).any()):
+            facts.warnings.append(f"{site}: always zero on the calibration data; its range is a guess")
+        return qparams(lo, hi, scheme)
+    except FewbitError as error:
+        raise CalibrationError(f"{site}: {error}") from error
+
+
+def site_name(node: Node, placement: Placement) -> str:
+    """The plan's name of the codes born at a node."""
+    if node.op == "placeholder":
+        return display_name(node)
+    owners = (n for n, carrier in placement.carrier.items() if carrier is node and n in placement.forms)
+    return f"{display_name(next(owners, node))}.output"
+
+
+def fixed_coding(scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of an output in [0, 1] (sigmoid)."""
+    if scheme.qmin < 0:
+        return torch.tensor([1.0 / scheme.qmax]), torch.zeros(1, dtype=torch.int32)
+    return torch.tensor([FIXED_UNIT * 256 / (scheme.qmax + 1)]), torch.zeros(1, dtype=torch.int32)
+
+
+def clipped(model: QuantizedModel, batches: Batches) -> dict[str, float]:
+    """By quantized activation, the share of its values that fall outside its range on these inputs."""
+    outside: dict[str, int] = {}
+    total: dict[str, int] = {}
+
+    def watch(name: str, quantizer: FakeQuantize) -> Watch:
+        scheme, scale, zero = quantizer.scheme, float(quantizer.scale), int(quantizer.zero_point)
+        lo, hi = (scheme.qmin - zero - 0.5) * scale, (scheme.qmax - zero + 0.5) * scale
+
+        def count(x: Tensor) -> None:
+            outside[name] = outside.get(name, 0) + int(((x < lo) | (x > hi)).sum())
+            total[name] = total.get(name, 0) + x.numel()
+
+        return count
+
+    watches = {}
+    for node in model.graph.graph.nodes:
+        module = model.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, FakeQuantize):
+            source = node.args[0]
+            watches[source] = watch(display_name(source), module)
+    watcher = Watcher(model.graph, watches)
     with torch.inference_mode():
         for inputs, _ in batches:
             watcher.run(*inputs)
-            samples += inputs[0].shape[0] if inputs[0].dim() else 1
-    return samples
+    return {name: outside[name] / max(total[name], 1) for name in total}
+
+
+def clipping_warnings(model: QuantizedModel, seen: Batches | None, unseen: Batches) -> list[str]:
+    """A sentence for each layer that clips held-out data much more than the calibration data."""
+    before = clipped(model, seen) if seen is not None and not seen.one_shot else {}
+    after = clipped(model, unseen)
+    found = []
+    for name, share in after.items():
+        if share > _CLIPPED and share > 5 * before.get(name, 0.0):
+            found.append(
+                f"{name}: {share:.1%} of its values on held-out data are clipped, {before.get(name, 0.0):.2%} on the "
+                "calibration data: calibrate with data like what the model will see"
+            )
+    return found
