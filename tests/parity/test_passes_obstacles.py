@@ -297,9 +297,19 @@ def test_dead_channels_are_reported_and_left() -> None:
     gm.conv2.weight.data[:, 3] = 0.0
     kept = gm.conv1.weight[3].detach().clone(), gm.conv2.weight[:, 1].detach().clone()
     note = run("equalize", gm, (X,))[0]
-    assert note.endswith("; channels [1, 3] have only zero weights on one side")
+    assert note.endswith("; channels [1, 3] are dead or constant and stay")
     assert torch.equal(gm.conv1.weight[3], kept[0])
     assert torch.equal(gm.conv2.weight[:, 1], kept[1])
+
+
+def test_a_channel_that_training_switched_off_does_not_blow_up_the_range() -> None:
+    gm = graph(lambda m, x: m.conv2(F.relu(m.conv1(x))))
+    gm.conv1.weight.data[1] *= 1e-9
+    gm.conv1.bias.data[1] = 0.5
+    note = run("equalize", gm, (X,))[0]
+    assert note.endswith("; channels [1] are dead or constant and stay")
+    assert gm.conv1.bias[1] == 0.5
+    assert gm.conv1.bias.abs().max().item() < 2
 
 
 def test_weights_that_are_not_finite() -> None:

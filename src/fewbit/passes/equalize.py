@@ -32,6 +32,7 @@ PRESERVES = (
 TOLERANCE = 1e-4
 CONVERGED = 1e-6  # largest change of a factor's logarithm in one sweep
 SWEEPS = 200
+CONSTANT = 1e4  # a bias this many times larger than all weights of its channel
 
 
 @dataclass
@@ -51,7 +52,8 @@ def apply(gm: fx.GraphModule) -> list[str]:
     relu, leaky relu, pooling, mean over other axes, flatten, zero padding. With r1 and r2 the largest
     magnitudes of channel i in the first layer's outputs and the second's inputs, output i and its bias are
     divided by sqrt(r1 / r2) and input i is multiplied by it, after which both are sqrt(r1 * r2). Chains of
-    pairs are swept until nothing changes. Channels with zero weights only on one side stay, and are reported.
+    pairs are swept until nothing changes. Channels whose weights are zero on one side, or next to nothing
+    beside their bias, stay as they are and are reported.
 
     Raises:
         ModelError: a weight is not finite.
@@ -126,7 +128,7 @@ def _sweep(paths: list[Path], values: dict[str, Values]) -> dict[Path, float]:
         changed: set[str] = set()
         for path in active:
             r1, r2 = _ranges(path, values)
-            factor = torch.where((r1 > 0) & (r2 > 0), (r1 / r2).sqrt(), 1.0)
+            factor = torch.where(_left(path, values, r1, r2), 1.0, (r1 / r2).sqrt())
             if float(factor.log().abs().max()) <= CONVERGED:
                 continue
             _move(path, values, factor)
@@ -139,6 +141,17 @@ def _sweep(paths: list[Path], values: dict[str, Values]) -> dict[Path, float]:
     return {path: float(factor.log().abs().max().exp()) for path, factor in total.items()}
 
 
+def _left(path: Path, values: dict[str, Values], r1: Tensor, r2: Tensor) -> Tensor:
+    """Which channels no factor is for, bool [C]: one side is zero, or the channel is constant but for rounding.
+
+    A channel that a small gain switched off has tiny weights and a bias. To equalize it would blow the bias up,
+    and the range of the whole tensor with it. The ratio that tells does not depend on the factor.
+    """
+    bias = values[str(path.first.target)].bias
+    left = (r1 == 0) | (r2 == 0)
+    return left if bias is None else left | (bias.abs() > CONSTANT * r1)
+
+
 def _move(path: Path, values: dict[str, Values], factor: Tensor) -> None:
     first, second = values[str(path.first.target)], values[str(path.second.target)]
     first.weight = scale_outputs(first.layer, first.weight, 1 / factor)
@@ -149,7 +162,7 @@ def _move(path: Path, values: dict[str, Values], factor: Tensor) -> None:
 
 def _note(path: Path, values: dict[str, Values], factor: float | None) -> str:
     r1, r2 = _ranges(path, values)
-    dead = ((r1 == 0) | (r2 == 0)).nonzero().flatten().tolist()
+    left = _left(path, values, r1, r2).nonzero().flatten().tolist()
     pair = f"{path.first.target} -> {path.second.target}"
     done = "already equal" if factor is None else f"equalized, factors up to {factor:.3g}"
-    return f"{pair}: {done}" + (f"; channels {dead} have only zero weights on one side" if dead else "")
+    return f"{pair}: {done}" + (f"; channels {left} are dead or constant and stay" if left else "")
