@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fewbit.model.operators import Operator
 
-FIXED_UNIT = 1.0 / 256.0  # a sigmoid answers in [0, 1]: its codes need no observer
+FIXED_UNIT = 1.0 / 256.0  # sigmoid and softmax answer in [0, 1]: their codes need no observer
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _softmax(node: Node, gm: GraphModule) -> Answer:
     rank = len(shape(node))
     if argument(node, 1, "dim", -1) % rank != rank - 1:
         return "a softmax over another axis than the last runs in float"
-    return IntegerForm("softmax", (_node(node.args[0]),))
+    return IntegerForm("softmax", (_node(node.args[0]),), fixed=(FIXED_UNIT, 0))
 
 
 def _sigmoid(node: Node, gm: GraphModule) -> Answer:

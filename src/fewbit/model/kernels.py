@@ -157,8 +157,8 @@ def _softmax(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Te
     table = np.floor(unit * np.exp(steps) + 0.5).astype(np.int64)
     powers = table[x + 255 - x.max(-1, keepdims=True)]
     total = powers.sum(-1, keepdims=True).astype(np.float32)
-    inverse = _f32(1) / _f32(out.scale)
-    return _round(powers.astype(np.float32) * inverse / total, _shifted(op, out), out) + out.zero_point
+    steps_in_one = np.int64(_f32(1) / _f32(out.scale))  # the runtime cuts the reciprocal of the scale to an integer
+    return _round((powers * steps_in_one).astype(np.float32) / total, _shifted(op, out), out) + out.zero_point
 
 
 def _table(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
