@@ -22,11 +22,9 @@ def _latency(threads: int) -> Callable[[Row], str]:
         spread = (timed["high_ms"] - timed["low_ms"]) / 2
         digits = 1 if timed["median_ms"] >= 10 else 3
         shown = f"{timed['median_ms']:.{digits}f} ±{spread:.{digits}f}"
-        return (
-            f"{shown} (its float {own['median_ms']:.{digits}f})"
-            if own
-            else f"{shown} (x{timed['ratio']:.2f})"
-        )
+        if own:
+            return f"{shown} (x{timed['median_ms'] / own['median_ms']:.2f} its own float)"
+        return f"{shown} (x{timed['ratio']:.2f})"
 
     return show
 
@@ -63,7 +61,7 @@ def show(title: str, rows: Sequence[Row], columns: Sequence[str]) -> None:
         if "error" not in row:
             style = "bold" if str(row["name"]).startswith("fewbit") else None
             table.add_row(*(COLUMNS[c](row) for c in used), style=style)
-    console = Console(width=max(175, Console().width), highlight=False)
+    console = Console(width=max(200, Console().width), highlight=False)
     console.print(table)
     for row in rows:
         if "error" in row:
