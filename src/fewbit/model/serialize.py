@@ -1,0 +1,449 @@
+"""A graph in standard form, or a quantized model, as JSON and tensors: names and numbers only, so reading runs no code.
+
+Reading trusts nothing: names become Python source when torch compiles a graph, so they must be plain identifiers;
+operators and layers come from closed lists; layers are built without memory and then given the file's own tensors.
+"""
+
+import inspect
+import keyword
+import operator as python_operator
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from fewbit.errors import ArtifactError, ModelError
+from fewbit.model import reference
+from fewbit.model.program import aten
+from fewbit.model.simulate import DynamicFakeQuantize, FakeQuantize, QuantizedModel
+from fewbit.model.symbols import Sizes, decode_value, encode_value
+from fewbit.model.values import config
+from fewbit.numerics.packing import pack, packed_size, unpack
+from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.scheme import Scheme
+from fewbit.plan.plan import Plan
+
+LAYERS = frozenset(
+    [*reference.MODULES, *"Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout".split()]
+)
+_NAMES = "getitem add sub mul floordiv truediv mod neg pow eq ne lt le gt ge".split()
+_PYTHON = {f"operator.{name}": getattr(python_operator, name) for name in _NAMES}
+_PYTHON_NAME = {function: name for name, function in _PYTHON.items()}
+DTYPES = {str(d).removeprefix("torch."): d for d in (
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16,
+    torch.int32, torch.int64)}  # fmt: skip
+_MEMORY = {str(m): m for m in (torch.contiguous_format, torch.preserve_format, torch.channels_last)}
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,999}")
+_PATH = re.compile(r"[\w\-]+( *[\w\-:+/@]+)*(\.[\w\-]+( *[\w\-:+/@]+)*)*")  # no quotes, no backslashes, no line ends
+_LARGEST_NUMBER = 2**40
+_MOST_LAYERS = 4096  # of a recurrent network, which is built one by one
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def encode(value: Any, index: Mapping[Node, int]) -> Any:
+    """An argument tree of a graph node as JSON; nodes become their position. TypeError for anything else."""
+    if isinstance(value, Node):
+        return {"node": index[value]}
+    if isinstance(value, tuple):
+        return {"tuple": [encode(v, index) for v in value]}
+    if isinstance(value, list):
+        return [encode(v, index) for v in value]
+    if isinstance(value, dict):
+        return {"dict": [[encode(k, index), encode(v, index)] for k, v in value.items()]}
+    if isinstance(value, slice):
+        return {"slice": [encode(v, index) for v in (value.start, value.stop, value.step)]}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.memory_format):
+        return {"memory_format": str(value)}
+    if isinstance(value, torch.device):
+        return {"device": value.type}
+    if isinstance(value, torch.layout):
+        return {"layout": str(value)}
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return {"float": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{type(value).__name__} has no place in a saved graph")
+
+
+def decode(value: Any, nodes: list[Node]) -> Any:
+    """The inverse of ``encode`` for the nodes before this one; KeyError, ValueError, ... where it is damaged."""
+    if isinstance(value, list):
+        return [decode(v, nodes) for v in value]
+    if not isinstance(value, dict):
+        return value
+    (kind, content), = value.items()  # fmt: skip
+    if kind == "node":
+        if type(content) is not int or not 0 <= content < len(nodes):
+            raise ValueError(f"node {content!r:.40} does not come before the one that reads it")
+        return nodes[content]
+    if kind in ("tuple", "slice"):
+        parts = [decode(v, nodes) for v in content]
+        return tuple(parts) if kind == "tuple" else slice(*parts)
+    if kind == "dict":
+        return {decode(k, nodes): decode(v, nodes) for k, v in content}
+    if kind == "layout" and content != "torch.strided" or kind == "device" and content != "cpu":
+        raise ValueError(f"{kind} {content!r:.40}")
+    simple = {"dtype": DTYPES.get, "memory_format": _MEMORY.get, "float": float}
+    return {"layout": torch.strided, "device": torch.device("cpu")}.get(kind) or _known(
+        simple[kind](content), content
+    )
+
+
+def _known(value: Any, name: object) -> Any:
+    if value is None:
+        raise ValueError(f"unknown value {name!r:.40}")
+    return value
+
+
+# ---- graphs ----------------------------------------------------------------------------------------------------------
+
+
+class GraphWriter:
+    """Collects ``tensors`` (by a name of the file) while it turns a graph into JSON. Tied tensors are kept once."""
+
+    def __init__(self, qtensors: Mapping[str, QTensor]) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._qtensors = qtensors
+        self._names: dict[int, str] = {}
+        self._kept: list[Tensor] = []  # ids are only unique among what lives
+
+    def graph(self, gm: GraphModule) -> dict[str, Any]:
+        """The graph's nodes and layers. Raises ``ModelError`` for what has no place in a file."""
+        nodes = list(gm.graph.nodes)
+        index = {node: i for i, node in enumerate(nodes)}
+        layers = {
+            str(n.target): self._layer(str(n.target), gm.get_submodule(str(n.target)))
+            for n in nodes
+            if n.op == "call_module"
+        }
+        constants = {
+            str(n.target): self._tensor(str(n.target), _attribute(gm, str(n.target)))
+            for n in nodes
+            if n.op == "get_attr"
+        }
+        notes = [str(note) for note in gm.meta.get("notes", [])]
+        dynamic = {str(k): list(v) for k, v in gm.meta.get("dynamic", {}).items()}
+        return {
+            "nodes": [self._node(n, index) for n in nodes],
+            "layers": layers,
+            "constants": constants,
+            "training": gm.training,
+            "notes": notes,
+            "dynamic": dynamic,
+        }
+
+    def _node(self, node: Node, index: Mapping[Node, int]) -> dict[str, Any]:
+        try:
+            target = _target_name(node)
+            args = [encode(a, index) for a in node.args]
+            kwargs = {str(k): encode(v, index) for k, v in node.kwargs.items()}
+            return {"op": node.op, "name": node.name, "target": target, "args": args, "kwargs": kwargs} | _meta(node)
+        except TypeError as error:
+            raise ModelError(
+                f"{node.name}: cannot be saved: {error}; only layers and torch operators can be, so replace it "
+                "by these in the model"
+            ) from error
+
+    def _layer(self, name: str, module: nn.Module) -> dict[str, Any]:
+        if not _PATH.fullmatch(name):
+            raise ModelError(
+                f"layer {name!r} cannot be saved: use letters, digits, spaces and _-:+/@ in layer names"
+            )
+        if isinstance(module, DynamicFakeQuantize):
+            return {"type": "DynamicFakeQuantize"}
+        state = {
+            key: self._weight(f"{name}.{key}", value) for key, value in module.state_dict(keep_vars=True).items()
+        }
+        if isinstance(module, FakeQuantize):
+            return {"type": "FakeQuantize", "scheme": module.scheme.to_json(), "state": state}
+        kind = type(module).__name__
+        if kind not in LAYERS or type(module) is not getattr(nn, kind):
+            raise ModelError(f"layer {name!r} cannot be saved: {kind} is no standard layer")
+        return {"type": kind, "config": config(module), "state": state}
+
+    def _weight(self, name: str, value: Tensor) -> dict[str, Any]:
+        if name not in self._qtensors:
+            return self._tensor(name, value)
+        q = self._qtensors[name]
+        if not torch.equal(q.dequantize(), value.detach()):
+            raise ModelError(f"{name}: its values are no longer what its codes stand for; quantize the model again")
+        described = self._tensor(f"{name}:codes", q.codes, _pack(q))
+        return described | {
+            "scheme": q.scheme.to_json(),
+            "shape": list(q.shape),
+            "scale": self._tensor(f"{name}:scale", q.scale)["tensor"],
+            "zero_point": self._tensor(f"{name}:zero_point", q.zero_point)["tensor"],
+        }
+
+    def _tensor(self, name: str, value: Tensor, stored: Tensor | None = None) -> dict[str, Any]:
+        if id(value) not in self._names:
+            self._names[id(value)] = name
+            self._kept.append(value)
+            data = value if stored is None else stored
+            self.tensors[name] = data.detach().cpu().contiguous().clone()
+        return {"tensor": self._names[id(value)], "parameter": isinstance(value, nn.Parameter)}
+
+
+class GraphReader:
+    """Rebuilds graphs from JSON and tensors. Raises ``ArtifactError`` where an entry is refused, by its name."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._shared: dict[str, Tensor] = {}
+        self._coded: dict[str, QTensor] = {}
+        self.qtensors: dict[str, QTensor] = {}
+
+    def graph(self, data: Mapping[str, Any]) -> GraphModule:
+        """The graph with its layers, weights and what the nodes knew about sizes."""
+        root: dict[str, Any] = {name: self._layer(name, d) for name, d in data["layers"].items()}
+        root |= {name: self._tensor(d) for name, d in data["constants"].items()}
+        sizes = Sizes()
+        graph, nodes, names = Graph(), [], set()
+        for entry in data["nodes"]:
+            nodes.append(self._node(entry, graph, nodes, names, root, sizes))
+        if sum(n.op == "output" for n in nodes) != 1 or nodes[-1].op != "output":
+            raise ArtifactError("the graph has no output at its end")
+        gm = GraphModule(root, graph)
+        gm.train(bool(data["training"]))
+        gm.meta["notes"] = [str(note) for note in data["notes"]]
+        gm.meta["dynamic"] = {str(k): tuple(v) for k, v in data["dynamic"].items()}
+        return gm
+
+    def _node(
+        self, entry: Mapping[str, Any], graph: Graph, nodes: list[Node], names: set[str], root: Mapping[str, Any],
+        sizes: Sizes,
+    ) -> Node:  # fmt: skip
+        op, name, target = entry["op"], _identifier(entry["name"]), entry["target"]
+        if name in names:
+            raise ArtifactError(f"two nodes have the name {name!r}")
+        names.add(name)
+        if op == "call_function":
+            target = _PYTHON[target] if target in _PYTHON else aten(str(target))
+        elif op in ("placeholder", "output"):
+            target = _identifier(target)
+        elif op == "call_module" and isinstance(root.get(target), nn.Module):
+            pass
+        elif op != "get_attr" or not isinstance(root.get(target), Tensor):
+            raise ArtifactError(f"node {name!r}: no {op!r:.40} of {target!r:.80} is in this file")
+        args = tuple(decode(a, nodes) for a in entry["args"])
+        kwargs = {_identifier(k): decode(v, nodes) for k, v in entry["kwargs"].items()}
+        if op == "output" and len(args) != 1 or op == "placeholder" and args:
+            raise ArtifactError(f"node {name!r}: {len(args)} arguments are not what an {op} has")
+        node = graph.create_node(op, target, args, kwargs, name=name)
+        node.name = name
+        node.meta["layer"] = str(entry.get("layer", ""))
+        if "shape" in entry:
+            node.meta["shape"] = tuple(sizes.number(s) for s in entry["shape"])
+        if "dtype" in entry:
+            node.meta["dtype"] = DTYPES[entry["dtype"]]
+        if "val" in entry:
+            node.meta["val"] = decode_value(entry["val"], sizes, DTYPES)
+        return node
+
+    def _layer(self, name: str, data: Mapping[str, Any]) -> nn.Module:
+        if not _PATH.fullmatch(name) or len(name) > 1000:
+            raise ArtifactError(f"{name!r:.80} is no name of a layer")
+        kind = data["type"]
+        if kind == "DynamicFakeQuantize":
+            return DynamicFakeQuantize()
+        state = {str(key): self._weight(f"{name}.{key}", d) for key, d in data["state"].items()}
+        if kind == "FakeQuantize":
+            return _quantizer(name, data, state)
+        if kind not in LAYERS:
+            raise ArtifactError(f"layer {name!r}: {kind!r:.40} is no standard layer")
+        with torch.device("meta"):  # sizes in a file are claims: no memory before the tensors prove them
+            module: nn.Module = getattr(nn, kind)(**_arguments(name, kind, data["config"]))
+        wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        if wanted != {key: tuple(value.shape) for key, value in state.items()}:
+            raise ArtifactError(f"layer {name!r}: its tensors do not have the shapes of its {kind}")
+        for key, value in state.items():
+            (module._parameters if key in module._parameters else module._buffers)[key] = value  # type: ignore[index]
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [getattr(module, w) for w in module._flat_weights_names]
+        return module
+
+    def _weight(self, site: str, data: Mapping[str, Any]) -> Tensor:
+        if "scheme" not in data:
+            return self._tensor(data)
+        key = data["tensor"]
+        scheme, shape = Scheme.from_json(data["scheme"]), tuple(data["shape"])
+        q = _unpack(self._tensors[key], self._tensors[data["scale"]], self._tensors[data["zero_point"]], scheme, shape)
+        _check_scale(site, q.scale)
+        self.qtensors[site] = self._coded.setdefault(key, q)
+        if key not in self._shared:
+            self._shared[key] = nn.Parameter(q.dequantize(), requires_grad=False)
+        return self._shared[key]
+
+    def _tensor(self, data: Mapping[str, Any]) -> Tensor:
+        key = data["tensor"]
+        if key not in self._shared:
+            value = self._tensors[key]
+            self._shared[key] = nn.Parameter(value) if data["parameter"] is True else value
+        return self._shared[key]
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _target_name(node: Node) -> str:
+    if node.op != "call_function":
+        return str(node.target)
+    if node.target in _PYTHON_NAME:
+        return _PYTHON_NAME[node.target]
+    name = str(node.target)
+    if not isinstance(node.target, torch._ops.OpOverload) or aten_or_none(name) is not node.target:
+        raise TypeError(f"{name} is no functional torch (aten) operator")
+    return name
+
+
+def aten_or_none(name: str) -> Any:
+    """The operator of that name, None where ``program.aten`` refuses it."""
+    try:
+        return aten(name)
+    except ArtifactError:
+        return None
+
+
+def _meta(node: Node) -> dict[str, Any]:
+    found: dict[str, Any] = {"layer": str(node.meta.get("layer") or "")}
+    if "shape" in node.meta:
+        found["shape"] = [int(s) for s in node.meta["shape"]]
+    if "dtype" in node.meta:
+        found["dtype"] = str(node.meta["dtype"]).removeprefix("torch.")
+    if "val" in node.meta:
+        found["val"] = encode_value(node.meta["val"])
+    return found
+
+
+def _attribute(gm: GraphModule, target: str) -> Tensor:
+    owner, _, name = target.rpartition(".")
+    value: Tensor = getattr(gm.get_submodule(owner), name)
+    return value
+
+
+def _identifier(name: object) -> str:
+    if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name) or keyword.iskeyword(name) or name == "self":
+        raise ArtifactError(f"{name!r:.80} is no name of a node")
+    return name
+
+
+def _arguments(name: str, kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer's constructor arguments, checked before anything is built from them."""
+    allowed = set(inspect.signature(getattr(nn, kind).__init__).parameters) - {"self", "device", "dtype"}
+    if kind in ("LSTM", "GRU", "RNN"):
+        allowed = {"input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional",
+                   "proj_size", "nonlinearity"}  # fmt: skip
+    for key, value in given.items():
+        numbers = value if isinstance(value, list) else [value]
+        limit = _MOST_LAYERS if key == "num_layers" else _LARGEST_NUMBER
+        sound = len(numbers) <= 16 and all(
+            isinstance(v, str | bool | None) or isinstance(v, int | float) and abs(v) <= limit for v in numbers
+        )
+        if key not in allowed or not sound:
+            raise ArtifactError(f"layer {name!r}: {kind} with {key!r:.40} = {value!r:.40} is no standard layer")
+    return dict(given)
+
+
+def _quantizer(name: str, data: Mapping[str, Any], state: Mapping[str, Tensor]) -> FakeQuantize:
+    scheme, scale, zero_point = Scheme.from_json(data["scheme"]), state["scale"], state["zero_point"]
+    _check_scale(name, scale)
+    if scale.numel() != 1 or zero_point.numel() != 1 or not scheme.qmin <= int(zero_point) <= scheme.qmax:
+        raise ArtifactError(f"{name}: its scale and zero point do not fit {scheme.format}")
+    return FakeQuantize(scheme, scale, zero_point)
+
+
+def _check_scale(name: str, scale: Tensor) -> None:
+    if scale.dtype != torch.float32 or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ArtifactError(f"{name}: a scale is not a positive float32 number")
+
+
+def _signed(scheme: Scheme) -> bool:
+    return scheme.spec.qmin < 0 if scheme.spec.integer else scheme.spec.code_dtype.is_signed
+
+
+def _pack(q: QTensor) -> Tensor:
+    if q.codes.element_size() == 1 and q.scheme.spec.bits == 8:
+        return q.codes.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return pack(q.codes, q.scheme.spec.bits)
+
+
+def _unpack(data: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme, shape: tuple[int, ...]) -> QTensor:
+    count = 1
+    for size in shape:
+        if type(size) is not int or not 0 <= size <= _LARGEST_NUMBER:
+            raise ValueError(f"{size!r:.40} is no size")
+        count *= size
+    bits = scheme.spec.bits
+    if data.dtype != torch.uint8 or data.dim() != 1 or data.numel() != packed_size(count, bits):
+        raise ValueError(f"{data.numel()} bytes are not {count} codes of {bits} bits")
+    if scheme.spec.code_dtype.itemsize == 1 and bits == 8:
+        codes = data.clone().view(scheme.spec.code_dtype)
+    else:
+        codes = unpack(data, bits, _signed(scheme), count)
+    return QTensor.from_codes(codes.reshape(shape), scale, zero_point, scheme)
+
+
+# ---- quantized models ------------------------------------------------------------------------------------------------
+
+
+def describe(model: QuantizedModel | GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A model as JSON and tensors. Raises ``ModelError`` that names what cannot be saved."""
+    if not isinstance(model, QuantizedModel):
+        writer = GraphWriter({})
+        return {"graph": writer.graph(model)}, writer.tensors
+    coded = {name: model.qtensors[name] for name in model.qtensors.names()}
+    writer = GraphWriter(coded)
+    data = {
+        "graph": writer.graph(model.graph),
+        "plan": model.plan.to_json(),
+        "integer": sorted(model.integer),
+        "target": model.target,
+        "training": model.training,
+        "example": len(model.example),
+    }
+    for i, x in enumerate(_few(model)):
+        writer.tensors[f"example:{i}"] = x.detach().cpu().contiguous().clone()
+    return data, writer.tensors
+
+
+def rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedModel | GraphModule:
+    """The inverse of ``describe``. Raises ``ArtifactError``, or what Python raises on data of a wrong kind."""
+    reader = GraphReader(tensors)
+    gm = reader.graph(data["graph"])
+    if "plan" not in data:
+        return gm
+    names = {node.name for node in gm.graph.nodes}
+    integer = frozenset(data["integer"])
+    if not integer <= names:
+        raise ArtifactError(f"integer nodes {sorted(map(str, integer - names))[:3]} are not in the graph")
+    if type(data["example"]) is not int or data["example"] > len(names):
+        raise ArtifactError("the number of example inputs is not that of the graph")
+    example = tuple(tensors[f"example:{i}"] for i in range(data["example"]))
+    plan = Plan.from_json(data["plan"])
+    model = QuantizedModel(gm, plan, reader.qtensors, integer, example, str(data["target"]))
+    mode = bool(data["graph"]["training"])
+    model.training = bool(data["training"])
+    model.graph.train(mode)
+    return model
+
+
+_SAMPLES = 16
+
+
+def _few(model: QuantizedModel) -> list[Tensor]:
+    """The example inputs, cut to a few samples where their first size, and no other, is the free batch size."""
+    values = [n.meta.get("val") for n in model.graph.graph.nodes if n.op == "placeholder"]
+    shapes = [[str(s) for s in v.shape] if isinstance(v, Tensor) else [] for v in values]
+    first = {s[0] if s and not s[0].isdigit() else None for s in shapes}
+    cut = len(first) == 1 and None not in first and all(s[0] not in s[1:] for s in shapes)
+    return [x[:_SAMPLES] if cut else x for x in model.example]
+
+
+__all__ = ["GraphReader", "GraphWriter", "describe", "rebuild"]

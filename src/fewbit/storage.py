@@ -1,0 +1,175 @@
+"""Saved folders: ``model.json`` and ``model.safetensors``, written whole or not at all, read without running code."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from fewbit.errors import ArtifactError, FewbitError, ModelError
+from fewbit.model.lowering import lower
+from fewbit.model.serialize import describe, rebuild
+from fewbit.model.simulate import QuantizedModel
+from fewbit.targets import registry as targets
+
+VERSION = 1
+MODEL, WEIGHTS = "model.json", "model.safetensors"
+_MARK = "fewbit_model"
+_LARGEST_DESCRIPTION = 256 * 2**20
+
+
+def save(model: nn.Module, folder: str | Path) -> Path:
+    """Write a quantized model, or a graph that ``fewbit.load`` gave, to ``folder``; returns the folder.
+
+    Weights are stored as packed codes and scales. The folder appears whole or not at all; one that fewbit wrote
+    before is replaced, any other is left alone.
+
+    Raises ``ModelError`` for a model that cannot be saved and ``ArtifactError`` where the folder cannot be written.
+    """
+    folder = Path(os.path.abspath(folder))
+    if not isinstance(model, QuantizedModel | GraphModule):
+        raise ModelError(
+            f"model is a {type(model).__name__}; only what fewbit.quantize or fewbit.load gave can be saved"
+        )
+    _check_replaceable(folder)
+    from safetensors.torch import save as to_bytes
+
+    data, tensors = describe(model)
+    weights = to_bytes(tensors)
+    text = _json(data)
+    header = {_MARK: VERSION, "weights": _digest(weights), "model_digest": _digest(text), "model": data}
+    temporary = ""
+    try:
+        temporary = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")
+        os.chmod(temporary, 0o755)
+        for name, content in ((MODEL, _json(header)), (WEIGHTS, weights)):
+            with open(Path(temporary) / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        _swap(Path(temporary), folder)
+    except OSError as error:
+        raise ArtifactError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def load(path: str | Path) -> QuantizedModel | GraphModule:
+    """What ``save`` wrote: a quantized model that answers with the same bits, or a float graph.
+
+    Raises ``ArtifactError`` for anything else, and for a folder that is damaged or that asks for more than numbers.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ArtifactError(f"{path}: no such folder")
+    if not path.is_dir():
+        kind = "an ONNX file, which cannot be read as a model yet" if path.suffix == ".onnx" else "a file"
+        raise ArtifactError(
+            f"{path}: {kind}; expected a folder that fewbit.save wrote (give fewbit.quantize your nn.Module itself, "
+            "and the command line module:factory)"
+        )
+    try:
+        return _load(path)
+    except ArtifactError as error:
+        message = str(error)
+        raise ArtifactError(message if message.startswith(str(path)) else f"{path / MODEL}: {message}") from error
+    except Exception as error:  # a hostile file can make any constructor raise anything
+        what = str(error).splitlines()[0][:200] if str(error) else ""
+        raise ArtifactError(f"{path / MODEL}: damaged or hostile ({type(error).__name__}: {what})") from error
+
+
+def _load(path: Path) -> QuantizedModel | GraphModule:
+    from safetensors.torch import load as from_bytes
+
+    try:
+        header = json.loads(_read(path / MODEL, _LARGEST_DESCRIPTION))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path / MODEL}: not valid JSON ({str(error)[:100]}); save the model again") from error
+    if not isinstance(header, dict) or _MARK not in header:
+        raise ArtifactError(f"{path / MODEL}: not a description that fewbit.save wrote")
+    if header[_MARK] != VERSION:
+        raise ArtifactError(
+            f"{path / MODEL}: version {header[_MARK]!r:.40} found, {VERSION} expected; save the model again"
+        )
+    data = header["model"]
+    if _digest(_json(data)) != header["model_digest"]:
+        raise ArtifactError(f"{path / MODEL}: its content does not have the checksum it states: damaged; save it again")
+    weights = _read(path / WEIGHTS, None)
+    if _digest(weights) != header["weights"]:
+        raise ArtifactError(f"{path / WEIGHTS}: damaged, or not the weights of this {MODEL}; save the model again")
+    try:
+        tensors = from_bytes(weights)
+    except Exception as error:  # safetensors has an error type of its own
+        raise ArtifactError(f"{path / WEIGHTS}: not valid safetensors ({str(error)[:100]})") from error
+    model = rebuild(data, tensors)
+    if isinstance(model, QuantizedModel):
+        if model.target not in targets.names():
+            raise ArtifactError(f"{path / MODEL}: unknown target {model.target!r:.40}")
+        try:
+            lower(model)  # proves that graph, codes and plan belong together
+        except FewbitError as error:
+            raise ArtifactError(f"{path / MODEL}: its parts do not fit together: {error}") from error
+    return model
+
+
+def _read(path: Path, limit: int | None) -> bytes:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+            raise ArtifactError(f"{path}: not an ordinary file")
+        if limit is not None and status.st_size > limit:
+            raise ArtifactError(f"{path}: larger than {limit >> 20} MiB, which no description of a model is")
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _json(data: Any) -> bytes:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not folder.parent.is_dir():
+        raise ArtifactError(f"{folder}: the folder {folder.parent} does not exist; create it first")
+    if not folder.exists() and not folder.is_symlink():
+        return
+    names = {p.name for p in folder.iterdir()} if folder.is_dir() and not folder.is_symlink() else {"?"}
+    if names and not (names == {MODEL, WEIGHTS} and _is_ours(folder)):
+        raise ArtifactError(
+            f"{folder}: exists and is not a folder that fewbit.save wrote, so it is left alone; choose another name"
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    with contextlib.suppress(ArtifactError, ValueError, RecursionError):
+        return _MARK in json.loads(_read(folder / MODEL, _LARGEST_DESCRIPTION))
+    return False
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Put ``new`` in the place of ``folder``; after an error the old one is there again."""
+    if not folder.exists():
+        os.rename(new, folder)
+        return
+    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+    os.rename(folder, old / "model")
+    try:
+        os.rename(new, folder)
+    except BaseException:
+        os.rename(old / "model", folder)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
