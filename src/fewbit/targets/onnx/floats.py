@@ -17,7 +17,7 @@ RULES: dict[str, Rule] = {
 
 
 def emit_float(builder: Builder, op: Op, inputs: list[Any]) -> Any:
-    """Nodes for a torch operator, a layer or arithmetic of sizes; returns the output's name, or a list of them."""
+    """Nodes for a torch operator, a layer or arithmetic of sizes: the output's name, or a list of names."""
     if op.kind == "module":
         return emit_module(builder, op, inputs)
     if op.kind == "integers":

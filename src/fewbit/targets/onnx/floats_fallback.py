@@ -23,7 +23,7 @@ _FREE = 4  # a size for the dimensions that are free; torch treats 0 and 1 as sp
 
 
 def emit_alone(c: Call) -> Any:
-    """The nodes of one operator; its output's name, or a list. Raises ``TargetError`` if torch cannot either."""
+    """The nodes of one operator; its output's name, or a list. Raises ``TargetError`` where that fails."""
     tensors = list(dict.fromkeys(v for v in pytree.tree_leaves(c.inputs) if isinstance(v, Value)))
     try:
         model = _exported(c, tensors)

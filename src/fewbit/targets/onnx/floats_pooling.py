@@ -35,7 +35,7 @@ def _window(c: Call, dims: int) -> dict[str, list[int]]:
 
 
 def _overhang(c: Call, dims: int, w: dict[str, list[int]]) -> list[Any]:
-    """Padding at each axis' end that gives torch's ceil mode, which drops windows that begin behind the input."""
+    """Padding at each axis' end for torch's ceil mode, which drops windows that begin behind the input."""
     extra = []
     for i, (reach, stride, pad) in enumerate(zip(w["reach"], w["stride"], w["padding"], strict=True)):
         size = c.size(c["self"], i - dims)

@@ -1,4 +1,4 @@
-"""LSTM, GRU and plain recurrent layers: one ONNX node a layer, both directions in it, gates in ONNX's order."""
+"""LSTM, GRU and plain recurrent layers: one ONNX node a layer for both directions, gates in ONNX's order."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def rnn(layer: Layer) -> list[Any]:
 
 
 def _stack(layer: Layer, op_type: str, order: list[int], states: int) -> tuple[str, list[str]]:
-    """All layers, one after the other: the sequence in torch's layout, and the final states [layers, N, H]."""
+    """All layers in a row: the sequence in torch's layout, and the final states [layers, N, H]."""
     a, b = layer.config, layer.builder
     batched = layer.rank == 3
     first = a["batch_first"] and batched

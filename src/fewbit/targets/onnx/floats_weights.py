@@ -82,9 +82,10 @@ def dequantized(builder: Builder, q: QTensor, name: str, transposed: bool = Fals
     """A quantized tensor as stored codes and a DequantizeLinear; float32 where its format is no integer.
 
     A group is a ``block_size`` along the last axis of a matrix [N, K]. Groups of a tensor with more axes run
-    across several of them, which ONNX cannot say: it is stored as the matrix of its channels, and reshaped. Only
-    a transposed matrix keeps 4-bit codes up to the DequantizeLinear, because ONNX Runtime makes one operator of
-    that and a MatMul; elsewhere a Cast, done once when the file is loaded, spares every run the slow unpacking.
+    across several of them, which ONNX cannot say: it is stored as the matrix of its channels, and reshaped.
+    Only a transposed matrix keeps 4-bit codes up to the DequantizeLinear, because ONNX Runtime makes one
+    operator of that and a MatMul; elsewhere a Cast, done once when the file is loaded, spares every run the
+    slow unpacking.
     """
     scheme = q.scheme
     if not scheme.spec.integer:
@@ -135,7 +136,7 @@ def _stored(
 
 
 def stored_codes(builder: Builder, codes: np.ndarray, scheme: Scheme, name: str, packed: bool = False) -> str:
-    """Codes as an initializer, two to a byte where they fit 4 bits; unless ``packed``, cast to 8 bits there."""
+    """Codes as an initializer, two to a byte where 4 bits hold them; unless ``packed``, cast to 8 bits."""
     kind = storage_type(scheme, name)
     stored = builder.constant(_coded(codes, kind), name)
     if packed or not kind.endswith("int4"):
