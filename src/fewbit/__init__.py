@@ -7,6 +7,10 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "quantize": "fewbit.pipeline",
+    "load": "fewbit.storage",
+    "save": "fewbit.storage",
+    "evaluate": "fewbit.evaluation.metrics",
+    "measure": "fewbit.evaluation.measure",
     "export": "fewbit.deploy",
     "verify": "fewbit.deploy",
     "Recipe": "fewbit.plan",
@@ -17,14 +21,30 @@ _WHERE = {
 }
 
 if TYPE_CHECKING:
-    from fewbit.errors import FewbitError
     from fewbit.deploy import export, verify
+    from fewbit.errors import FewbitError
+    from fewbit.evaluation.measure import measure
+    from fewbit.evaluation.metrics import evaluate
     from fewbit.numerics.qtensor import QTensor
     from fewbit.numerics.scheme import Scheme
     from fewbit.pipeline import quantize
     from fewbit.plan import Plan, Recipe
+    from fewbit.storage import load, save
 
-__all__ = ["FewbitError", "Plan", "QTensor", "Recipe", "Scheme", "export", "quantize", "verify"]
+__all__ = [
+    "FewbitError",
+    "Plan",
+    "QTensor",
+    "Recipe",
+    "Scheme",
+    "evaluate",
+    "export",
+    "load",
+    "measure",
+    "quantize",
+    "save",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -138,7 +138,6 @@ class _Lowering:
         source = _first(node)
         coding = coding_of(module)
         self._emit("quantize", "boundary", node, [self._float(self.names[source], source)], coding=coding)
-        self.ops[-1].layer, self.ops[-1].node = layer_name(source), display_name(source)
 
     def _integer(self, node: Node) -> None:
         form = self._form(node)

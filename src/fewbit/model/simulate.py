@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fewbit.model.kernels import dynamic_quantize
+from fewbit.model.sites import QUANTIZERS
 from fewbit.numerics.qtensor import QTensor, fake_quantize
 from fewbit.numerics.scheme import Scheme
 from fewbit.plan.plan import Plan
-
-QUANTIZERS = "activation_quantizers"
 
 
 class FakeQuantize(nn.Module):

@@ -16,6 +16,7 @@ from fewbit.model.operators import operator
 from fewbit.plan.plan import Site
 
 WEIGHTED = ("conv", "linear")
+QUANTIZERS = "activation_quantizers"  # the submodule of a quantized graph that holds its quantize steps
 Mode = Callable[[str, str], str]  # (layer, op) -> "static" | "dynamic" | "weight-only" | "float"
 
 
@@ -43,6 +44,8 @@ def display_name(node: Node) -> str:
         return f"input:{node.name}"
     if node.op != "call_module":
         return node.name
+    if str(node.target).startswith(f"{QUANTIZERS}."):
+        return display_name(node.all_input_nodes[0])
     same = [n for n in node.graph.nodes if n.op == "call_module" and n.target == node.target]
     index = same.index(node)
     return str(node.target) if index == 0 else f"{node.target}@{index + 1}"
@@ -50,6 +53,8 @@ def display_name(node: Node) -> str:
 
 def layer_name(node: Node) -> str:
     """The layer that rules match on: a module's path; for a function its caller's path and its own name."""
+    if node.op == "call_module" and str(node.target).startswith(f"{QUANTIZERS}."):
+        return layer_name(node.all_input_nodes[0])
     if node.op == "call_module":
         return str(node.target)
     owner = str(node.meta.get("layer") or "")
