@@ -17,7 +17,7 @@ SEEDS = range(20)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_random_network_is_exact_and_covered(seed: int, tmp_path: Path) -> None:
     drawn = draw(seed)
-    quantized = fewbit.quantize(drawn.module, [drawn.inputs(48)], **drawn.recipe)
+    quantized = fewbit.quantize(drawn.module, [drawn.inputs(48)], example=drawn.inputs(4, 3), **drawn.recipe)
     path = tmp_path / "m.onnx"
     fewbit.export(quantized, path, time=False)
     onnx = get_target("onnx")
