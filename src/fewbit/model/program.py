@@ -218,6 +218,6 @@ def aten(name: str) -> Any:
     match = _ATEN.fullmatch(name)
     packet = getattr(torch.ops.aten, match[1], None) if match and match[1] not in _REFUSED else None
     overload = getattr(packet, match[2], None) if match and packet is not None else None
-    if overload is None or overload._schema.is_mutable:
+    if not isinstance(overload, torch._ops.OpOverload) or overload._schema.is_mutable:
         raise ArtifactError(f"program: {name!r} is not a functional torch operator")
     return overload

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 _LARGEST = 2**40
 _HINT = 7  # what a free size is while shapes are worked out; 0 and 1 would be taken as fixed
@@ -34,7 +34,8 @@ class Sizes:
     """Free sizes by name: one symbol a name, in one environment a graph."""
 
     def __init__(self) -> None:
-        self.mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+        self._environment = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self._environment)
         self._symbols: dict[str, Any] = {}
 
     def number(self, size: Any) -> int:
@@ -48,10 +49,9 @@ class Sizes:
         if not isinstance(size, str):
             return self.number(size)
         if size not in self._symbols:
-            context = StatelessSymbolicContext([DimDynamic.DYNAMIC])
             source = ConstantSource(f"size_{len(self._symbols)}")
-            fake = self.mode.from_tensor(torch.empty(_HINT, device="meta"), source=source, symbolic_context=context)
-            self._symbols[size] = fake.shape[0]
+            symbol = self._environment.create_symbol(_HINT, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+            self._symbols[size] = self._environment.create_symintnode(symbol, hint=_HINT, source=source)
         return self._symbols[size]
 
 
