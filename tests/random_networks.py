@@ -117,7 +117,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, width = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(n, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.norm(x)).reshape(n, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        )
         scores = torch.matmul(q, k.transpose(-1, -2)) / (width // self.heads) ** 0.5
         mixed = torch.matmul(torch.softmax(scores, -1), v).transpose(1, 2).reshape(n, t, width)
         return x + self.out(mixed)
@@ -198,7 +200,9 @@ class _Builder:
 
     def draw(self, seed: int) -> Drawn:
         kind = self.rng.choice(["tokens", "sequence", "image", "image"])
-        module, shapes = self._tokens() if kind == "tokens" else self._convolutional(1 if kind == "sequence" else 2)
+        module, shapes = (
+            self._tokens() if kind == "tokens" else self._convolutional(1 if kind == "sequence" else 2)
+        )
         _spread(module, self.rng)
         return Drawn(seed, module.eval(), shapes, self._recipe(), [kind, *self.parts])
 
@@ -335,7 +339,11 @@ class _Builder:
         kind = rng.choice(["max", "avg", "adaptive"])
         self.parts[-1] = kind
         if kind == "adaptive":
-            made = nn.AdaptiveAvgPool1d(self.sizes[0]) if self.dims == 1 else nn.AdaptiveAvgPool2d((1, self.sizes[1]))
+            made = (
+                nn.AdaptiveAvgPool1d(self.sizes[0])
+                if self.dims == 1
+                else nn.AdaptiveAvgPool2d((1, self.sizes[1]))
+            )
             self.sizes = self.sizes if self.dims == 1 else [1, self.sizes[1]]
             return made
         window = rng.choice([2, 3])

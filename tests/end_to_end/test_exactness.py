@@ -65,7 +65,10 @@ def _encoder() -> nn.Module:
 
 CASES = {
     "linear": (lambda: nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)), (6, 6)),
-    "conv": (lambda: nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 4, 3)), (6, 3, 7, 7)),
+    "conv": (
+        lambda: nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 4, 3)),
+        (6, 3, 7, 7),
+    ),
     "encoder": (_encoder, (6, 5, 8)),
     "tokens": (Tokens, (6, 5)),
 }

@@ -107,13 +107,21 @@ def check_add() -> None:
         a, b, ac, bc, yc = codes(600), codes(600, seed=1), coding(sa, 17), coding(0.013, 120), coding(sy, 99)
         ra, rb = f32(ac.scale) / f32(yc.scale), f32(bc.scale) / f32(yc.scale)
         constant = f32(99) - fma(17, ra, rb * f32(120))
-        expected = [finish(fma(p, ra, fma(q, rb, constant)), 0) for p, q in zip(a.tolist(), b.tolist(), strict=True)]
+        expected = [
+            finish(fma(p, ra, fma(q, rb, constant)), 0) for p, q in zip(a.tolist(), b.tolist(), strict=True)
+        ]
         assert run(op("add"), [a, b], [ac, bc], yc) == expected
 
 
 def check_mul() -> None:
     for sa, sy in TIES:
-        a, b, ac, bc, yc = codes(600), codes(600, seed=1), coding(sa, 17), coding(0.5, 120), coding(sy * 40, 99)
+        a, b, ac, bc, yc = (
+            codes(600),
+            codes(600, seed=1),
+            coding(sa, 17),
+            coding(0.5, 120),
+            coding(sy * 40, 99),
+        )
         ratio = f32(ac.scale) * f32(bc.scale) / f32(yc.scale)
         pairs = zip(a.tolist(), b.tolist(), strict=True)
         expected = [finish(f32(f32((p - 17) * (q - 120)) * ratio) + f32(99), 0) for p, q in pairs]
@@ -145,7 +153,10 @@ def check_global_avg_pool() -> None:
         sums = [sum(int(v) - 41 for v in x[n, c].flatten()) for n in range(40) for c in range(3)]
         expected = [finish(f32(s) * scale, 30) for s in sums]
         assert run(op("global_avg_pool"), [x], [xc], yc) == expected
-        assert KERNELS["global_avg_pool"](op("global_avg_pool", {"squeeze": True}), [x], [xc], yc).shape == (40, 3)
+        assert KERNELS["global_avg_pool"](op("global_avg_pool", {"squeeze": True}), [x], [xc], yc).shape == (
+            40,
+            3,
+        )
 
 
 def check_concat() -> None:
@@ -160,7 +171,12 @@ def check_concat() -> None:
 
 
 def check_softmax() -> None:
-    for scale, out, zero_point in ((0.02, 1 / 256, 0), (0.013, 0.0021, 7), (0.3, 0.0007, 0), (0.01, 1 / 128, 0)):
+    for scale, out, zero_point in (
+        (0.02, 1 / 256, 0),
+        (0.013, 0.0021, 7),
+        (0.3, 0.0007, 0),
+        (0.01, 1 / 128, 0),
+    ):
         x, xc, yc = codes(50, 6), coding(scale, 3), coding(out, zero_point)
         unit, steps = min((2**32 - 1) / 6, 0x7FFFFF), int(f32(1) / f32(yc.scale))
         expected = []
@@ -183,7 +199,9 @@ def check_clip() -> None:
 
 
 def check_pad() -> None:
-    result = KERNELS["pad"](op("pad", {"pad": [1, 0, 0, 2]}), [torch.tensor([[5, 6]])], [coding(1, 9)], coding(1, 9))
+    result = KERNELS["pad"](
+        op("pad", {"pad": [1, 0, 0, 2]}), [torch.tensor([[5, 6]])], [coding(1, 9)], coding(1, 9)
+    )
     assert result.tolist() == [[9, 5, 6], [9, 9, 9], [9, 9, 9]]
 
 

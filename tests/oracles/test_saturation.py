@@ -29,7 +29,9 @@ def test_no_pair_can_saturate(granularity: str, seed: int) -> None:
     weight = torch.randn(6, 4, 8, generator=generator) * torch.exp(torch.randn(6, 1, 1, generator=generator))
     weight[0, 0, :2] = weight[0].abs().max() * 1.5  # the worst: the two largest are equal
     scheme = Scheme("int8", granularity=granularity, group_size=8 if granularity == "group" else None)
-    rows = {"tensor": weight.reshape(1, -1), "channel": weight.flatten(1), "group": weight.reshape(-1, 8)}[granularity]
+    rows = {"tensor": weight.reshape(1, -1), "channel": weight.flatten(1), "group": weight.reshape(-1, 8)}[
+        granularity
+    ]
     plain = rows.min(1).values, rows.max(1).values
     bounds = portable_bounds(weight, *plain, scheme)
     q = round_weight("nearest", weight, scheme, *bounds)
@@ -42,7 +44,9 @@ def test_no_pair_can_saturate(granularity: str, seed: int) -> None:
 def test_a_channel_with_one_large_weight_keeps_all_its_bits() -> None:
     weight = torch.tensor([[1.0, 0.001, -0.9, 0.002]])
     lo, hi = torch.tensor([-0.9]), torch.tensor([1.0])
-    assert portable_bounds(weight, lo, hi, Scheme("int8", granularity="channel"))[1].item() == pytest.approx(1.001, 1e-3)
+    assert portable_bounds(weight, lo, hi, Scheme("int8", granularity="channel"))[1].item() == pytest.approx(
+        1.001, 1e-3
+    )
 
 
 def test_fewer_bits_are_left_as_they_are() -> None:
@@ -51,7 +55,9 @@ def test_fewer_bits_are_left_as_they_are() -> None:
     assert torch.equal(lo, -one) and torch.equal(hi, one)
 
 
-@pytest.mark.parametrize(("codes", "expected"), [([64, 64], False), ([65, 64], True), ([-64, -64], False), ([-65, -64], True)])
+@pytest.mark.parametrize(
+    ("codes", "expected"), [([64, 64], False), ([65, 64], True), ([-64, -64], False), ([-65, -64], True)]
+)
 def test_can_saturate_at_the_exact_limit(codes: list[int], expected: bool) -> None:
     assert can_saturate(torch.tensor([codes])) is expected
     assert pairs_fit(torch.tensor([codes])) is not expected
