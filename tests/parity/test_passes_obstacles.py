@@ -203,6 +203,10 @@ PARTNERLESS = {
         lambda m, x: m.linear(F.avg_pool2d(m.conv1(x).permute(0, 2, 3, 1), (1, 1)).flatten(1)),
         "'avg_pool2d' does not let a factor per channel pass",
     ),
+    "flattened with channels last": (
+        lambda m, x: m.linear(m.conv1(x).permute(0, 2, 3, 1).flatten(1)),
+        "'flatten' does not let a factor per channel pass",
+    ),
     "read twice": (
         lambda m, x: m.conv2(F.relu(y := m.conv1(x))) + y,
         "the output of 'conv1' is read by 2 operators",
@@ -250,6 +254,10 @@ PASSES = {
     "doubled and halved": lambda m, x: m.conv2(F.relu(m.conv1(x) * -2.0) / 4.0),
     "adaptive pooling": lambda m, x: m.conv2(F.adaptive_avg_pool2d(F.leaky_relu(m.conv1(x)), 5)),
     "there and back": lambda m, x: m.conv2(m.conv1(x).permute(0, 2, 3, 1).relu().permute(0, 3, 1, 2)),
+    "turned": lambda m, x: m.conv2(m.conv1(x).permute(0, 2, 3, 1).permute(0, 3, 2, 1)),
+    "mean in front of the channels": lambda m, x: m.conv3(
+        m.conv1(x).permute(0, 2, 3, 1).mean(1).transpose(1, 2)[..., None]
+    ),
     "flattened": lambda m, x: m.linear(F.relu(m.conv1(x)).flatten(1)),
     "viewed": lambda m, x: m.linear(F.relu(m.conv1(x)).view(x.shape[0], 4, -1).reshape(x.shape[0], -1)),
     "mean over the image": lambda m, x: m.conv3(m.conv1(x).mean((2, 3))[:, :, None, None]),
@@ -272,23 +280,24 @@ def test_factors_pass(name: str) -> None:
     assert (gm.conv1.weight[2].abs().max() / gm.conv1.weight[0].abs().max()).item() < 300
 
 
-def test_a_reshape_that_only_looks_right_on_the_example() -> None:
-    """Channels end up in front of the linear layer's axis for this image size; for another they would not."""
-    module = nn.Sequential(nn.Conv1d(2, 4, 1), nn.Linear(4, 3))
+@pytest.mark.parametrize(("sizes", "moves"), [([-1, 4], True), ([6, -1], False)])
+def test_a_reshape_that_only_looks_right_on_the_example(sizes: list[int], moves: bool) -> None:
+    """(2, 3, 4) as (6, 4) keeps the channels last; as (6, ?) it would not for another length than 3."""
 
-    class Mixed(nn.Module):
+    class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.parts = module
+            self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.parts[1](self.parts[0](x).reshape(x.shape[0], -1, 4))
+            return self.b(F.relu(self.a(x)).reshape(-1, 4))
 
-    x = torch.randn(2, 2, 4)
-    gm = read(Mixed().eval(), (x,))
-    before = {k: v.clone() for k, v in gm.state_dict().items()}
-    run("equalize", gm, (x,))
-    assert all(torch.equal(before[k], v) for k, v in gm.state_dict().items())
+    x = torch.randn(2, 3, 5)
+    gm = read(Flat().eval(), (x,))
+    node = next(n for n in gm.graph.nodes if n.name.startswith("reshape"))
+    node.args = (node.args[0], sizes)
+    note = run("equalize", gm, (x,))[0]
+    assert note.startswith("a -> b: equalized") == moves
 
 
 def test_dead_channels_are_reported_and_left() -> None:
