@@ -34,27 +34,43 @@ def _window(c: Call, dims: int) -> dict[str, list[int]]:
     }
 
 
-def _overhang(c: Call, dims: int, w: dict[str, list[int]]) -> list[Any]:
-    """Padding at each axis' end for torch's ceil mode, which drops windows that begin behind the input."""
-    extra = []
+def _steps(c: Call, dims: int, w: dict[str, list[int]]) -> list[Any]:
+    """Steps to each axis' last window in ceil mode: torch drops windows that begin behind the input."""
+    found = []
     for i, (reach, stride, pad) in enumerate(zip(w["reach"], w["stride"], w["padding"], strict=True)):
         size = c.size(c["self"], i - dims)
-        steps = c.quotient(c.sum(size, 2 * pad - reach + stride - 1), stride)  # to the last window's begin
-        steps = c.smallest(steps, c.quotient(c.sum(size, pad - 1), stride))
-        extra.append(c.largest(c.difference(c.sum(c.product(steps, stride), reach - pad), size), pad))
+        steps = c.quotient(c.sum(size, 2 * pad - reach + stride - 1), stride)
+        found.append(c.smallest(steps, c.quotient(c.sum(size, pad - 1), stride)))
+    return found
+
+
+def _overhang(c: Call, dims: int, w: dict[str, list[int]]) -> list[Any]:
+    """Padding at each axis' end that makes room for the last window."""
+    extra = []
+    for i, steps in enumerate(_steps(c, dims, w)):
+        reached = c.sum(c.product(steps, w["stride"][i]), w["reach"][i] - w["padding"][i])
+        extra.append(c.largest(c.difference(reached, c.size(c["self"], i - dims)), w["padding"][i]))
     return extra
 
 
 def _max_pool(dims: int) -> Rule:
     def rule(c: Call) -> str:
         w = _window(c, dims)
-        ends: list[Any] = _overhang(c, dims, w) if c["ceil_mode"] else w["padding"]
-        free = not all(isinstance(e, int) for e in ends)
         attrs = {"kernel_shape": w["kernel"], "strides": w["stride"], "dilations": w["dilation"]}
-        attrs["pads"] = [*w["padding"], *(w["padding"] if free else ends)]
-        return _with_batch(c, dims, lambda x: c.node("MaxPool", [x], ceil_mode=int(free), **attrs))
+        free = bool(c["ceil_mode"]) and c.known(c["self"], range(-dims, 0)) is None
+        if free:
+            return _with_batch(c, dims, lambda x: _ceiled(c, dims, w, x, attrs))
+        ends = _overhang(c, dims, w) if c["ceil_mode"] else w["padding"]
+        return _with_batch(c, dims, lambda x: c.node("MaxPool", [x], pads=[*w["padding"], *ends], **attrs))
 
     return rule
+
+
+def _ceiled(c: Call, dims: int, w: dict[str, list[int]], x: str, attrs: dict[str, Any]) -> str:
+    """ONNX's own ceil mode. Its shape inference counts the windows that torch drops: the Slice settles that."""
+    result = c.node("MaxPool", [x], pads=w["padding"] * 2, ceil_mode=1, **attrs)
+    ends = c.vector([c.sum(steps, 1) for steps in _steps(c, dims, w)])
+    return c.node("Slice", [result, c.vector([0] * dims), ends, c.vector(range(2, dims + 2))])
 
 
 def _avg_pool(dims: int) -> Rule:
