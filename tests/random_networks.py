@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ACTIVATIONS: list[Callable[[], nn.Module]] = [
-    nn.ReLU, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.Identity, nn.Hardtanh,
+    nn.ReLU, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.Identity,
+    nn.Hardtanh,
 ]  # fmt: skip
 
 
@@ -283,8 +284,8 @@ class _Builder:
 
     def _block(self, inputs: int) -> tuple[nn.Module, int]:
         rng = self.rng
-        names = ["layer", "layer", "depthwise", "grouped", "residual", "gate", "join", "halves", "twice", "move", "pool",
-                 "shift", "pooled"]  # fmt: skip
+        names = ["layer", "layer", "depthwise", "grouped", "residual", "gate", "join", "halves", "twice", "move",
+                 "pool", "shift", "pooled"]  # fmt: skip
         if min(self.sizes) < 4:
             names = ["layer", "residual", "gate", "join", "shift"]
         name = rng.choice(names)

@@ -1,4 +1,4 @@
-"""The contract of every target: what its module offers, and that a small network deploys as the reference computes it."""
+"""The contract of every target: what it offers, and that a small network deploys as the reference computes."""
 
 from pathlib import Path
 

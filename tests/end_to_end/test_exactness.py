@@ -1,4 +1,4 @@
-"""Random networks, quantized and exported: ONNX Runtime computes the reference's integers, on inputs it has not seen."""
+"""Random networks, quantized and exported: ONNX Runtime computes the integers of the reference, on new inputs."""
 
 from pathlib import Path
 
@@ -35,7 +35,8 @@ def test_a_random_network_is_exact_and_covered(seed: int, tmp_path: Path) -> Non
 
 def test_the_seeds_draw_all_kinds_and_many_parts() -> None:
     parts = {part for seed in range(200) for part in draw(seed).parts}
-    for name in ("tokens", "sequence", "image", "depthwise", "grouped", "gate", "join", "halves", "twice", "pad", "slice",
+    for name in ("tokens", "sequence", "image", "depthwise", "grouped", "gate", "join", "halves",
+                 "twice", "pad", "slice",
                  "upsample", "max", "avg", "adaptive", "shift", "pooled", "attention norm", "perceptron"):  # fmt: skip
         assert name in parts
 
