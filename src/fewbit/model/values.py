@@ -19,22 +19,23 @@ def free_shape(node: Node) -> tuple[int | None, ...]:
     """Sizes of a node's output, None where a size is free (the batch, a sequence)."""
     value = node.meta.get("val")
     sizes = value.shape if isinstance(value, Tensor) else shape(node)
-    # A size that export found to be fixed may still be a symbol with a constant value.
-    return tuple(s if isinstance(s, int) else s.node.maybe_as_int() for s in sizes)
+    return tuple(_number(s) for s in sizes)
+
+
+def _number(size: Any) -> int | None:
+    """A size as a number, if it has one: what export found to be fixed may still be a symbol with that value."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
 def value_type(node: Node) -> Any:
-    """What a node's value is, as JSON: ``[dtype, sizes]`` (None: free), "int" for a symbolic size, or a list of these."""
+    """What a node's value is, as JSON: ``[dtype, sizes]`` (None: free), "int" for a size, or a list of these."""
     value = node.meta.get("val")
     return _type_of(value) if value is not None else [dtype_name(node), list(free_shape(node))]
 
 
 def _type_of(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return [
-            str(value.dtype).removeprefix("torch."),
-            [s if isinstance(s, int) else None for s in value.shape],
-        ]
+        return [str(value.dtype).removeprefix("torch."), [_number(s) for s in value.shape]]
     return [_type_of(v) for v in value] if isinstance(value, list | tuple) else "int"
 
 
