@@ -105,6 +105,8 @@ RECURRENT = {
     "gru": (nn.GRU(5, 4, batch_first=True), 0),
     "gru_states": (nn.GRU(5, 4), 1),
     "gru_deep_both_ways": (nn.GRU(5, 4, num_layers=3, bidirectional=True, batch_first=True), 1),
+    "rnn": (nn.RNN(5, 4, num_layers=2, bidirectional=True, batch_first=True), 1),
+    "rnn_relu": (nn.RNN(5, 4, nonlinearity="relu"), 0),
     "gru_no_bias": (nn.GRU(5, 4, bias=False, batch_first=True), 0),
 }
 
