@@ -33,7 +33,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
 
     Raises ``ModelError`` for a model that cannot be saved and ``ArtifactError`` where the folder cannot be written.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(folder).absolute()
     if not isinstance(model, QuantizedModel | GraphModule):
         raise ModelError(
             f"model is a {type(model).__name__}; only what fewbit.quantize or fewbit.load gave can be saved"
@@ -48,9 +48,9 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     temporary = ""
     try:
         temporary = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")
-        os.chmod(temporary, 0o755)
+        Path(temporary).chmod(0o755)
         for name, content in ((MODEL, _json(header)), (WEIGHTS, weights)):
-            with open(Path(temporary) / name, "wb") as file:
+            with (Path(temporary) / name).open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -81,7 +81,9 @@ def load(path: str | Path) -> QuantizedModel | GraphModule:
         return _load(path)
     except ArtifactError as error:
         message = str(error)
-        raise ArtifactError(message if message.startswith(str(path)) else f"{path / MODEL}: {message}") from error
+        raise ArtifactError(
+            message if message.startswith(str(path)) else f"{path / MODEL}: {message}"
+        ) from error
     except Exception as error:  # a hostile file can make any constructor raise anything
         what = str(error).splitlines()[0][:200] if str(error) else ""
         raise ArtifactError(f"{path / MODEL}: damaged or hostile ({type(error).__name__}: {what})") from error
@@ -93,7 +95,9 @@ def _load(path: Path) -> QuantizedModel | GraphModule:
     try:
         header = json.loads(_read(path / MODEL, _LARGEST_DESCRIPTION))
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path / MODEL}: not valid JSON ({str(error)[:100]}); save the model again") from error
+        raise ArtifactError(
+            f"{path / MODEL}: not valid JSON ({str(error)[:100]}); save the model again"
+        ) from error
     if not isinstance(header, dict) or _MARK not in header:
         raise ArtifactError(f"{path / MODEL}: not a description that fewbit.save wrote")
     if header[_MARK] != VERSION:
@@ -102,10 +106,14 @@ def _load(path: Path) -> QuantizedModel | GraphModule:
         )
     data = header["model"]
     if _digest(_json(data)) != header["model_digest"]:
-        raise ArtifactError(f"{path / MODEL}: its content does not have the checksum it states: damaged; save it again")
+        raise ArtifactError(
+            f"{path / MODEL}: its content does not have the checksum it states: damaged; save it again"
+        )
     weights = _read(path / WEIGHTS, None)
     if _digest(weights) != header["weights"]:
-        raise ArtifactError(f"{path / WEIGHTS}: damaged, or not the weights of this {MODEL}; save the model again")
+        raise ArtifactError(
+            f"{path / WEIGHTS}: damaged, or not the weights of this {MODEL}; save the model again"
+        )
     try:
         tensors = from_bytes(weights)
     except Exception as error:  # safetensors has an error type of its own
@@ -162,14 +170,14 @@ def _is_ours(folder: Path) -> bool:
 def _swap(new: Path, folder: Path) -> None:
     """Put ``new`` in the place of ``folder``; after an error the old one is there again."""
     if not folder.exists():
-        os.rename(new, folder)
+        Path(new).rename(folder)
         return
     old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
-    os.rename(folder, old / "model")
+    folder.rename(old / "model")
     try:
-        os.rename(new, folder)
+        Path(new).rename(folder)
     except BaseException:
-        os.rename(old / "model", folder)
+        (old / "model").rename(folder)
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)

@@ -35,6 +35,6 @@ def test_lies_are_refused(tmp_path: Path, lie: str) -> None:
     text = json.dumps(header["model"], sort_keys=True, separators=(",", ":"))
     header["model_digest"] = hashlib.sha256(text.encode()).hexdigest()
     (folder / MODEL).write_text(json.dumps(header))
-    with pytest.raises(ArtifactError, match="model.json") as caught:
+    with pytest.raises(ArtifactError, match=r"model.json") as caught:
         load(folder)
     assert "checksum" not in str(caught.value)

@@ -114,7 +114,8 @@ def test_it_is_a_normal_module(small: nn.Module, images: Tensor) -> None:
     other = fewbit.quantize(small, images * 2)
     other.load_state_dict(quantized.state_dict())
     assert torch.equal(other(images), answer)
-    program = torch.export.export(quantized, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    batch = {0: torch.export.Dim("batch", min=2)}
+    program = torch.export.export(quantized, (images,), dynamic_shapes={"inputs": (batch,)})
     assert torch.equal(program.module()(images[:5]), quantized(images[:5]))
 
 

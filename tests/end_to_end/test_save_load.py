@@ -65,7 +65,7 @@ def test_four_bits_take_half_the_bytes(tmp_path: Path) -> None:
 def test_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(ArtifactError, match="is not a folder that fewbit.save wrote, so it is left alone"):
+    with pytest.raises(ArtifactError, match=r"is not a folder that fewbit.save wrote, so it is left alone"):
         save(_quantized(), tmp_path / "mine")
     assert [p.name for p in tmp_path.rglob("*")] == ["mine", "notes.txt"]
 

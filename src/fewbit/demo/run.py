@@ -40,7 +40,7 @@ class Demonstration:
 
 
 def run(folder: Path) -> Demonstration:
-    """Quantize the shipped digits network, write ``digits.onnx`` and ``digits.int8.onnx`` into ``folder``, compare them."""
+    """Quantize the shipped digits network; write ``digits.onnx`` and ``digits.int8.onnx`` to ``folder``; compare."""
     folder.mkdir(parents=True, exist_ok=True)
     network, data = load()
     quantized = quantize(network, data.calibration_images)

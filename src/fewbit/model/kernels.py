@@ -58,7 +58,9 @@ def _exact(acc: Tensor) -> Tensor:
 
 def accumulate(op: Op, x: Tensor, coding: Coding) -> Tensor:
     """The int64 accumulators of a convolution or linear layer, bias included; channels on axis 1 (linear: the last)."""
-    carrier = _carrier(int(op.constants["weight"].to(torch.int64).abs().flatten(1).sum(1).max()) * _widest(coding))
+    carrier = _carrier(
+        int(op.constants["weight"].to(torch.int64).abs().flatten(1).sum(1).max()) * _widest(coding)
+    )
     centred = x.to(carrier) - coding.zero_point
     weight = op.constants["weight"].to(carrier)
     bias = op.constants.get("bias")
@@ -140,7 +142,9 @@ def _global_avg_pool(op: Op, xs: list[Tensor], codings: list[Coding], out: Codin
 def _shifted(op: Op, out: Coding) -> Op:
     """The same operation with limits for codes before the zero point is added."""
     lo, hi = _limits(op, out)
-    return Op(op.kind, op.domain, op.layer, op.node, [], "", {"clamp": (lo - out.zero_point, hi - out.zero_point)})
+    return Op(
+        op.kind, op.domain, op.layer, op.node, [], "", {"clamp": (lo - out.zero_point, hi - out.zero_point)}
+    )
 
 
 def _concat(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
@@ -157,7 +161,9 @@ def _softmax(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Te
     table = np.floor(unit * np.exp(steps) + 0.5).astype(np.int64)
     powers = table[x + 255 - x.max(-1, keepdims=True)]
     total = powers.sum(-1, keepdims=True).astype(np.float32)
-    steps_in_one = np.int64(_f32(1) / _f32(out.scale))  # the runtime cuts the reciprocal of the scale to an integer
+    steps_in_one = np.int64(
+        _f32(1) / _f32(out.scale)
+    )  # the runtime cuts the reciprocal of the scale to an integer
     return _round((powers * steps_in_one).astype(np.float32) / total, _shifted(op, out), out) + out.zero_point
 
 
@@ -201,7 +207,7 @@ def dequantize(codes: Tensor, coding: Coding) -> Tensor:
 
 
 def dynamic_quantize(x: Tensor) -> tuple[Tensor, Any]:
-    """uint8 codes with the range of this very tensor (ONNX DynamicQuantizeLinear): (codes int32, (scale, zero point))."""
+    """uint8 codes with this tensor's own range (ONNX DynamicQuantizeLinear): (codes int32, (scale, zero point))."""
     values = x.to(torch.float32).numpy()
     lo, hi = min(_f32(0), values.min()), max(_f32(0), values.max())
     scale = (hi - lo) / _f32(255) if hi > lo else _f32(1)

@@ -105,7 +105,8 @@ class _Lowering:
 
     def _emit(
         self, kind: str, domain: str, node: Node, inputs: list[str], *, attrs: dict[str, Any] | None = None,
-        constants: dict[str, Tensor] | None = None, note: str = "", name: str | None = None, coding: Coding | None = None,
+        constants: dict[str, Tensor] | None = None, note: str = "", name: str | None = None,
+        coding: Coding | None = None,
     ) -> str:  # fmt: skip
         output = name or node.name
         op = Op(

@@ -17,92 +17,43 @@ from torch.fx import Graph, GraphModule, Node
 
 from fewbit.errors import ArtifactError, ModelError
 from fewbit.model import reference
+from fewbit.model.arguments import DTYPES, decode, encode
+from fewbit.model.packed import LARGEST_NUMBER, check_scale, pack_codes, read_quantizer, unpack_codes
 from fewbit.model.program import aten
 from fewbit.model.simulate import DynamicFakeQuantize, FakeQuantize, QuantizedModel
 from fewbit.model.symbols import Sizes, decode_value, encode_value
 from fewbit.model.values import config
-from fewbit.numerics.packing import pack, packed_size, unpack
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme
 from fewbit.plan.plan import Plan
 
 LAYERS = frozenset(
-    [*reference.MODULES, *"Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout".split()]
+    [*reference.MODULES, *["Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"]]
 )
-_NAMES = "getitem add sub mul floordiv truediv mod neg pow eq ne lt le gt ge".split()
+_NAMES = [
+    "getitem",
+    "add",
+    "sub",
+    "mul",
+    "floordiv",
+    "truediv",
+    "mod",
+    "neg",
+    "pow",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+]
 _PYTHON = {f"operator.{name}": getattr(python_operator, name) for name in _NAMES}
 _PYTHON_NAME = {function: name for name, function in _PYTHON.items()}
-DTYPES = {str(d).removeprefix("torch."): d for d in (
-    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16,
-    torch.int32, torch.int64)}  # fmt: skip
-_MEMORY = {str(m): m for m in (torch.contiguous_format, torch.preserve_format, torch.channels_last)}
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,999}")
-_PATH = re.compile(r"[\w\-]+( *[\w\-:+/@]+)*(\.[\w\-]+( *[\w\-:+/@]+)*)*")  # no quotes, no backslashes, no line ends
-_LARGEST_NUMBER = 2**40
+_PATH = re.compile(
+    r"[\w\-]+( *[\w\-:+/@]+)*(\.[\w\-]+( *[\w\-:+/@]+)*)*"
+)  # no quotes, no backslashes, no line ends
 _MOST_LAYERS = 4096  # of a recurrent network, which is built one by one
-
-
-# ---- arguments -------------------------------------------------------------------------------------------------------
-
-
-def encode(value: Any, index: Mapping[Node, int]) -> Any:
-    """An argument tree of a graph node as JSON; nodes become their position. TypeError for anything else."""
-    if isinstance(value, Node):
-        return {"node": index[value]}
-    if isinstance(value, tuple):
-        return {"tuple": [encode(v, index) for v in value]}
-    if isinstance(value, list):
-        return [encode(v, index) for v in value]
-    if isinstance(value, dict):
-        return {"dict": [[encode(k, index), encode(v, index)] for k, v in value.items()]}
-    if isinstance(value, slice):
-        return {"slice": [encode(v, index) for v in (value.start, value.stop, value.step)]}
-    if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, torch.memory_format):
-        return {"memory_format": str(value)}
-    if isinstance(value, torch.device):
-        return {"device": value.type}
-    if isinstance(value, torch.layout):
-        return {"layout": str(value)}
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return {"float": str(value)}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"{type(value).__name__} has no place in a saved graph")
-
-
-def decode(value: Any, nodes: list[Node]) -> Any:
-    """The inverse of ``encode`` for the nodes before this one; KeyError, ValueError, ... where it is damaged."""
-    if isinstance(value, list):
-        return [decode(v, nodes) for v in value]
-    if not isinstance(value, dict):
-        return value
-    (kind, content), = value.items()  # fmt: skip
-    if kind == "node":
-        if type(content) is not int or not 0 <= content < len(nodes):
-            raise ValueError(f"node {content!r:.40} does not come before the one that reads it")
-        return nodes[content]
-    if kind in ("tuple", "slice"):
-        parts = [decode(v, nodes) for v in content]
-        return tuple(parts) if kind == "tuple" else slice(*parts)
-    if kind == "dict":
-        return {decode(k, nodes): decode(v, nodes) for k, v in content}
-    if kind == "layout" and content != "torch.strided" or kind == "device" and content != "cpu":
-        raise ValueError(f"{kind} {content!r:.40}")
-    simple = {"dtype": DTYPES.get, "memory_format": _MEMORY.get, "float": float}
-    return {"layout": torch.strided, "device": torch.device("cpu")}.get(kind) or _known(
-        simple[kind](content), content
-    )
-
-
-def _known(value: Any, name: object) -> Any:
-    if value is None:
-        raise ValueError(f"unknown value {name!r:.40}")
-    return value
-
-
-# ---- graphs ----------------------------------------------------------------------------------------------------------
 
 
 class GraphWriter:
@@ -144,7 +95,13 @@ class GraphWriter:
             target = _target_name(node)
             args = [encode(a, index) for a in node.args]
             kwargs = {str(k): encode(v, index) for k, v in node.kwargs.items()}
-            return {"op": node.op, "name": node.name, "target": target, "args": args, "kwargs": kwargs} | _meta(node)
+            return {
+                "op": node.op,
+                "name": node.name,
+                "target": target,
+                "args": args,
+                "kwargs": kwargs,
+            } | _meta(node)
         except TypeError as error:
             raise ModelError(
                 f"{node.name}: cannot be saved: {error}; only layers and torch operators can be, so replace it "
@@ -159,7 +116,8 @@ class GraphWriter:
         if isinstance(module, DynamicFakeQuantize):
             return {"type": "DynamicFakeQuantize"}
         state = {
-            key: self._weight(f"{name}.{key}", value) for key, value in module.state_dict(keep_vars=True).items()
+            key: self._weight(f"{name}.{key}", value)
+            for key, value in module.state_dict(keep_vars=True).items()
         }
         if isinstance(module, FakeQuantize):
             return {"type": "FakeQuantize", "scheme": module.scheme.to_json(), "state": state}
@@ -173,8 +131,10 @@ class GraphWriter:
             return self._tensor(name, value)
         q = self._qtensors[name]
         if not torch.equal(q.dequantize(), value.detach()):
-            raise ModelError(f"{name}: its values are no longer what its codes stand for; quantize the model again")
-        described = self._tensor(f"{name}:codes", q.codes, _pack(q))
+            raise ModelError(
+                f"{name}: its values are no longer what its codes stand for; quantize the model again"
+            )
+        described = self._tensor(f"{name}:codes", q.codes, pack_codes(q))
         return described | {
             "scheme": q.scheme.to_json(),
             "shape": list(q.shape),
@@ -205,7 +165,9 @@ class GraphReader:
         root: dict[str, Any] = {name: self._layer(name, d) for name, d in data["layers"].items()}
         root |= {name: self._tensor(d) for name, d in data["constants"].items()}
         sizes = Sizes()
-        graph, nodes, names = Graph(), [], set()
+        graph = Graph()
+        nodes: list[Node] = []
+        names: set[str] = set()
         for entry in data["nodes"]:
             nodes.append(self._node(entry, graph, nodes, names, root, sizes))
         if sum(n.op == "output" for n in nodes) != 1 or nodes[-1].op != "output":
@@ -234,7 +196,7 @@ class GraphReader:
             raise ArtifactError(f"node {name!r}: no {op!r:.40} of {target!r:.80} is in this file")
         args = tuple(decode(a, nodes) for a in entry["args"])
         kwargs = {_identifier(k): decode(v, nodes) for k, v in entry["kwargs"].items()}
-        if op == "output" and len(args) != 1 or op == "placeholder" and args:
+        if (op == "output" and len(args) != 1) or (op == "placeholder" and args):
             raise ArtifactError(f"node {name!r}: {len(args)} arguments are not what an {op} has")
         node = graph.create_node(op, target, args, kwargs, name=name)
         node.name = name
@@ -255,7 +217,7 @@ class GraphReader:
             return DynamicFakeQuantize()
         state = {str(key): self._weight(f"{name}.{key}", d) for key, d in data["state"].items()}
         if kind == "FakeQuantize":
-            return _quantizer(name, data, state)
+            return read_quantizer(name, data, state)
         if kind not in LAYERS:
             raise ArtifactError(f"layer {name!r}: {kind!r:.40} is no standard layer")
         with torch.device("meta"):  # sizes in a file are claims: no memory before the tensors prove them
@@ -264,7 +226,11 @@ class GraphReader:
         if wanted != {key: tuple(value.shape) for key, value in state.items()}:
             raise ArtifactError(f"layer {name!r}: its tensors do not have the shapes of its {kind}")
         for key, value in state.items():
-            (module._parameters if key in module._parameters else module._buffers)[key] = value  # type: ignore[index]
+            if key in module._parameters:
+                assert isinstance(value, nn.Parameter)
+                module._parameters[key] = value
+            else:
+                module._buffers[key] = value
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, w) for w in module._flat_weights_names]
         return module
@@ -274,8 +240,10 @@ class GraphReader:
             return self._tensor(data)
         key = data["tensor"]
         scheme, shape = Scheme.from_json(data["scheme"]), tuple(data["shape"])
-        q = _unpack(self._tensors[key], self._tensors[data["scale"]], self._tensors[data["zero_point"]], scheme, shape)
-        _check_scale(site, q.scale)
+        q = unpack_codes(
+            self._tensors[key], self._tensors[data["scale"]], self._tensors[data["zero_point"]], scheme, shape
+        )
+        check_scale(site, q.scale)
         self.qtensors[site] = self._coded.setdefault(key, q)
         if key not in self._shared:
             self._shared[key] = nn.Parameter(q.dequantize(), requires_grad=False)
@@ -329,7 +297,12 @@ def _attribute(gm: GraphModule, target: str) -> Tensor:
 
 
 def _identifier(name: object) -> str:
-    if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name) or keyword.iskeyword(name) or name == "self":
+    if (
+        not isinstance(name, str)
+        or not _IDENTIFIER.fullmatch(name)
+        or keyword.iskeyword(name)
+        or name == "self"
+    ):
         raise ArtifactError(f"{name!r:.80} is no name of a node")
     return name
 
@@ -342,52 +315,16 @@ def _arguments(name: str, kind: str, given: Mapping[str, Any]) -> dict[str, Any]
                    "proj_size", "nonlinearity"}  # fmt: skip
     for key, value in given.items():
         numbers = value if isinstance(value, list) else [value]
-        limit = _MOST_LAYERS if key == "num_layers" else _LARGEST_NUMBER
+        limit = _MOST_LAYERS if key == "num_layers" else LARGEST_NUMBER
         sound = len(numbers) <= 16 and all(
-            isinstance(v, str | bool | None) or isinstance(v, int | float) and abs(v) <= limit for v in numbers
+            isinstance(v, str | bool | None) or (isinstance(v, int | float) and abs(v) <= limit)
+            for v in numbers
         )
         if key not in allowed or not sound:
-            raise ArtifactError(f"layer {name!r}: {kind} with {key!r:.40} = {value!r:.40} is no standard layer")
+            raise ArtifactError(
+                f"layer {name!r}: {kind} with {key!r:.40} = {value!r:.40} is no standard layer"
+            )
     return dict(given)
-
-
-def _quantizer(name: str, data: Mapping[str, Any], state: Mapping[str, Tensor]) -> FakeQuantize:
-    scheme, scale, zero_point = Scheme.from_json(data["scheme"]), state["scale"], state["zero_point"]
-    _check_scale(name, scale)
-    if scale.numel() != 1 or zero_point.numel() != 1 or not scheme.qmin <= int(zero_point) <= scheme.qmax:
-        raise ArtifactError(f"{name}: its scale and zero point do not fit {scheme.format}")
-    return FakeQuantize(scheme, scale, zero_point)
-
-
-def _check_scale(name: str, scale: Tensor) -> None:
-    if scale.dtype != torch.float32 or not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise ArtifactError(f"{name}: a scale is not a positive float32 number")
-
-
-def _signed(scheme: Scheme) -> bool:
-    return scheme.spec.qmin < 0 if scheme.spec.integer else scheme.spec.code_dtype.is_signed
-
-
-def _pack(q: QTensor) -> Tensor:
-    if q.codes.element_size() == 1 and q.scheme.spec.bits == 8:
-        return q.codes.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return pack(q.codes, q.scheme.spec.bits)
-
-
-def _unpack(data: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme, shape: tuple[int, ...]) -> QTensor:
-    count = 1
-    for size in shape:
-        if type(size) is not int or not 0 <= size <= _LARGEST_NUMBER:
-            raise ValueError(f"{size!r:.40} is no size")
-        count *= size
-    bits = scheme.spec.bits
-    if data.dtype != torch.uint8 or data.dim() != 1 or data.numel() != packed_size(count, bits):
-        raise ValueError(f"{data.numel()} bytes are not {count} codes of {bits} bits")
-    if scheme.spec.code_dtype.itemsize == 1 and bits == 8:
-        codes = data.clone().view(scheme.spec.code_dtype)
-    else:
-        codes = unpack(data, bits, _signed(scheme), count)
-    return QTensor.from_codes(codes.reshape(shape), scale, zero_point, scheme)
 
 
 # ---- quantized models ------------------------------------------------------------------------------------------------

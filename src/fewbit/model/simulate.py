@@ -92,7 +92,7 @@ class QuantizedModel(nn.Module):
         facts: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.graph = graph
+        self.network = graph  # not "graph": torch.export's own modules have an attribute of that name
         self.plan = plan
         self.qtensors = QTensors(qtensors)
         self.integer = integer
@@ -100,8 +100,13 @@ class QuantizedModel(nn.Module):
         self.target = target
         self.facts = facts or {}
 
+    @property
+    def graph(self) -> GraphModule:
+        """The float graph with its quantize steps."""
+        return self.network
+
     def forward(self, *inputs: Tensor) -> Any:
-        return self.graph(*inputs)
+        return self.network(*inputs)
 
     def quantizer(self, node: str) -> FakeQuantize | None:
         """The quantize-dequantize step after a node, if it has one."""

@@ -13,7 +13,7 @@ _HINT = 7  # what a free size is while shapes are worked out; 0 and 1 would be t
 
 
 def encode_value(value: Any) -> Any:
-    """A tensor as ``{"dtype", "sizes"}``, a symbolic size as ``{"size"}`` (a fixed one as a number), or a list of these."""
+    """A tensor as ``{"dtype", "sizes"}``, a symbolic size as ``{"size"}`` (fixed: a number), or a list of these."""
     if isinstance(value, Tensor):
         return {
             "dtype": str(value.dtype).removeprefix("torch."),

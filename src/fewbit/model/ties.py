@@ -13,7 +13,9 @@ from fewbit.model.lowering import lower
 from fewbit.model.program import Coding, Op
 from fewbit.model.simulate import FakeQuantize, QuantizedModel
 
-MARGIN = 5e-4  # in codes: over 255 codes, a relative error of 2e-6, some 16 units in the last place of float32
+MARGIN = (
+    5e-4  # in codes: over 255 codes, a relative error of 2e-6, some 16 units in the last place of float32
+)
 _STEP = 2.0**-13
 _TRIES = 200
 

@@ -17,15 +17,16 @@ def show(result: Demonstration) -> None:
     for column in ("", "float32", "int8"):
         table.add_column(column, justify="left" if not column else "right")
     for name in METRICS:
-        pair = (result.floating.metrics[name], result.quantized.metrics[name])
-        table.add_row(
-            name if name == "accuracy" else f"{name} (macro)", *(f"{100 * float(v):.2f} %" for v in pair)
-        )  # type: ignore[arg-type]
+        values = (each.metrics[name] for each in (result.floating, result.quantized))
+        shown = (f"{100 * v:.2f} %" for v in values if isinstance(v, float))
+        table.add_row(name if name == "accuracy" else f"{name} (macro)", *shown)
     table.add_row("file", f"{result.float_size:,} B", f"{artifact.size:,} B")
     times = [artifact.latency[name] for name in ("float", "quantized")]
     table.add_row("latency, one image", *(f"{1000 * t.median_ms:.0f} us" for t in times))
     table.add_row("  quartiles", *(f"{1000 * t.q1_ms:.0f} to {1000 * t.q3_ms:.0f} us" for t in times))
-    table.add_row("same class as float", "", f"{100 * result.quantized.agreement.top1:.2f} %" if result.quantized.agreement and result.quantized.agreement.top1 is not None else "")  # fmt: skip
+    agreement = result.quantized.agreement
+    if agreement is not None and agreement.top1 is not None:
+        table.add_row("same class as float", "", f"{100 * agreement.top1:.2f} %")
     console = Console()
     console.print(table)
     console.print(f"coverage:  {check.coverage_text()} ({check.cpu})")
