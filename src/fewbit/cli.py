@@ -52,7 +52,7 @@ def demo(
     if as_json:
         _print_json(result.to_json())
         return
-    from fewbit.report.demo import show
+    from fewbit.demo.table import show
 
     show(result)
 

@@ -21,7 +21,7 @@ from fewbit.model.readers.torch import read
 from fewbit.model.simulate import QuantizedModel, without_quantizers
 from fewbit.plan import Plan
 from fewbit.targets import get_target
-from fewbit.targets.onnx import open_session, session
+from fewbit.targets._onnx.runtime import open_session, session
 
 SUFFIXES = {".onnx": "onnx"}
 _SAMPLES = 16

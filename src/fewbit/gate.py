@@ -12,8 +12,8 @@ from fewbit.errors import VerificationError
 from fewbit.model.program import Op, Program
 from fewbit.model.reference import Reference
 from fewbit.targets import Target
-from fewbit.targets.onnx.probe import INTEGER_KERNELS, Kernel
-from fewbit.targets.onnx.saturation import can_saturate
+from fewbit.targets._onnx.probe import INTEGER_KERNELS, Kernel
+from fewbit.targets._onnx.saturation import can_saturate
 
 FLOAT_TOLERANCE = (
     1e-3  # relative, where a network has float operations; each integer layer is exact all the same

@@ -14,8 +14,8 @@ from fewbit.model.program import Program
 from fewbit.model.readers.torch import read
 from fewbit.model.simulate import QuantizedModel
 from fewbit.plan.plan import Plan
-from fewbit.targets.onnx import session
-from fewbit.targets.onnx.writer import Writer
+from fewbit.targets._onnx.runtime import session
+from fewbit.targets._onnx.writer import Writer
 
 Function = Callable[..., Any]
 

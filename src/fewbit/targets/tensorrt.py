@@ -16,9 +16,9 @@ from torch import Tensor
 from fewbit.model.program import Program
 from fewbit.numerics.scheme import Scheme
 from fewbit.plan import Row
-from fewbit.targets.onnx import Described, run
-from fewbit.targets.onnx.probe import Kernel, probe, read_back
-from fewbit.targets.onnx.writer import Writer
+from fewbit.targets._onnx.probe import Described, Kernel, probe, read_back
+from fewbit.targets._onnx.runtime import run
+from fewbit.targets._onnx.writer import Writer
 
 REQUANTIZATION = "f32_even"
 TOLERANCE = 1
@@ -31,7 +31,9 @@ def adapt(row: Row) -> Row:
     if scheme is None or row.kind == "weight" or scheme.dynamic or scheme.format not in ("int8", "uint8"):
         return row
     symmetric = dataclasses.replace(scheme, format="int8", symmetric=True, narrow=False)
-    return dataclasses.replace(row, scheme=symmetric, because=f"{row.because}; symmetric, as TensorRT wants it")
+    return dataclasses.replace(
+        row, scheme=symmetric, because=f"{row.because}; symmetric, as TensorRT wants it"
+    )
 
 
 def check(row: Row) -> str | None:
@@ -103,4 +105,14 @@ def _qdq_problems(node: onnx.NodeProto, constants: dict[str, Any]) -> list[str]:
     return found
 
 
-__all__ = ["REQUANTIZATION", "adapt", "check", "coverage", "describe", "portable_bounds", "probe", "run", "write"]
+__all__ = [
+    "REQUANTIZATION",
+    "adapt",
+    "check",
+    "coverage",
+    "describe",
+    "portable_bounds",
+    "probe",
+    "run",
+    "write",
+]

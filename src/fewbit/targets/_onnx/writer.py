@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fewbit.errors import TargetError
 from fewbit.model.program import Coding, Op, Program
-from fewbit.targets.onnx.builder import Builder, int4, value_info
-from fewbit.targets.onnx.dynamic import emit_dynamic
-from fewbit.targets.onnx.floats import emit_float
-from fewbit.targets.onnx.probe import METADATA, describe
+from fewbit.targets._onnx.builder import Builder, int4, value_info
+from fewbit.targets._onnx.dynamic import emit_dynamic
+from fewbit.targets._onnx.floats import emit_float
+from fewbit.targets._onnx.probe import METADATA, describe
 
 
 class Writer:

@@ -2,7 +2,7 @@
 
 from fewbit.errors import TargetError
 from fewbit.model.program import Op
-from fewbit.targets.onnx.builder import Builder
+from fewbit.targets._onnx.builder import Builder
 
 
 def emit_dynamic(builder: Builder, op: Op, x: str) -> str:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from fewbit.targets.onnx.floats_call import TYPES, Call, Rule, Value
+from fewbit.targets._onnx.floats_call import TYPES, Call, Rule, Value
 
 
 def _plain(op_type: str, **attrs: Any) -> Rule:

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from fewbit.errors import ArtifactError, MissingExtraError
 
 
@@ -38,3 +41,9 @@ def open_session(path: Path) -> Any:
         raise ArtifactError(
             f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0][:200]})"
         ) from error
+
+
+def run(path: Path, inputs: tuple[Tensor, ...]) -> list[np.ndarray]:
+    """The outputs of the file for these inputs."""
+    s = session(path)
+    return s.run(None, {i.name: x.numpy() for i, x in zip(s.get_inputs(), inputs, strict=True)})

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 from fewbit.errors import TargetError
 from fewbit.model.program import aten, decode_args
-from fewbit.targets.onnx.builder import OPSET, Builder
-from fewbit.targets.onnx.floats_call import Call, Value
+from fewbit.targets._onnx.builder import OPSET, Builder
+from fewbit.targets._onnx.floats_call import Call, Value
 
 _FREE = 4  # a size for the dimensions that are free; torch treats 0 and 1 as special
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 from fewbit.model.program import Op, decode_args
-from fewbit.targets.onnx import floats_functions, floats_pooling, floats_products, floats_shapes
-from fewbit.targets.onnx.builder import Builder
-from fewbit.targets.onnx.floats_call import Call, Rule
-from fewbit.targets.onnx.floats_layers import emit_module
+from fewbit.targets._onnx import floats_functions, floats_pooling, floats_products, floats_shapes
+from fewbit.targets._onnx.builder import Builder
+from fewbit.targets._onnx.floats_call import Call, Rule
+from fewbit.targets._onnx.floats_layers import emit_module
 
 RULES: dict[str, Rule] = {
     **floats_shapes.RULES,
@@ -27,7 +27,9 @@ def emit_float(builder: Builder, op: Op, inputs: list[Any]) -> Any:
     result = rule(call) if rule is not None else None
     if result is not None:
         return result
-    from fewbit.targets.onnx.floats_fallback import emit_alone  # loads torch's exporter, which takes its time
+    from fewbit.targets._onnx.floats_fallback import (
+        emit_alone,  # loads torch's exporter, which takes its time
+    )
 
     return emit_alone(call)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fewbit.targets.onnx.floats_call import TYPES, Call, Rule, Value
+from fewbit.targets._onnx.floats_call import TYPES, Call, Rule, Value
 
 _LOWEST = float(np.finfo(np.float32).min)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fewbit.targets.onnx.floats_call import END, Call, Rule, Value
+from fewbit.targets._onnx.floats_call import END, Call, Rule, Value
 
 _FIRST = -(2**63)
 

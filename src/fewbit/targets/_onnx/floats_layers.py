@@ -9,9 +9,9 @@ import onnx
 from fewbit.errors import TargetError
 from fewbit.model.program import Op, decode_args
 from fewbit.numerics.qtensor import QTensor
-from fewbit.targets.onnx.builder import Builder
-from fewbit.targets.onnx.floats_recurrent import gru, lstm, rnn
-from fewbit.targets.onnx.floats_weights import Layer, stored_codes
+from fewbit.targets._onnx.builder import Builder
+from fewbit.targets._onnx.floats_recurrent import gru, lstm, rnn
+from fewbit.targets._onnx.floats_weights import Layer, stored_codes
 
 Emit = Callable[[Layer], Any]
 

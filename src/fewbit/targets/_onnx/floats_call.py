@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from fewbit.errors import TargetError
 from fewbit.model.program import Op, aten, decode_args
-from fewbit.targets.onnx.builder import Builder
+from fewbit.targets._onnx.builder import Builder
 
 NUMPY = {
     "float32": np.float32,

@@ -11,7 +11,7 @@ from fewbit.errors import TargetError
 from fewbit.model.program import Op
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme
-from fewbit.targets.onnx.builder import Builder, int4
+from fewbit.targets._onnx.builder import Builder, int4
 
 
 class Layer:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fewbit.errors import ArtifactError, TargetError
 from fewbit.model.codings import function_values, quantize_table
 from fewbit.model.program import Program
-from fewbit.targets.onnx.runtime import session
+from fewbit.targets._onnx.runtime import session
 
 METADATA = "fewbit.program"
 _LARGEST_DESCRIPTION = 64 * 2**20

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fewbit.targets.onnx.floats_call import END, TYPES, Call, Rule, Value
+from fewbit.targets._onnx.floats_call import END, TYPES, Call, Rule, Value
 
 
 def _per_dim(value: Any, dims: int) -> list[int]:

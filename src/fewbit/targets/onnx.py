@@ -3,16 +3,14 @@
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import onnx
-from torch import Tensor
 
 from fewbit.model.program import Program
 from fewbit.plan import Row
-from fewbit.targets.onnx.probe import Described, coverage, probe, read_back
-from fewbit.targets.onnx.runtime import open_session, session
-from fewbit.targets.onnx.saturation import portable_bounds
-from fewbit.targets.onnx.writer import Writer
+from fewbit.targets._onnx.probe import coverage, probe, read_back
+from fewbit.targets._onnx.runtime import run
+from fewbit.targets._onnx.saturation import portable_bounds
+from fewbit.targets._onnx.writer import Writer
 
 REQUANTIZATION = "f32_even"
 TOLERANCE = 0
@@ -50,24 +48,15 @@ def write(program: Program, path: Path, metadata: dict[str, str]) -> None:
     onnx.save(Writer(program).model(metadata), str(path))
 
 
-def run(path: Path, inputs: tuple[Tensor, ...]) -> list[np.ndarray]:
-    """The outputs of the file for these inputs."""
-    s = session(path)
-    return s.run(None, {i.name: x.numpy() for i, x in zip(s.get_inputs(), inputs, strict=True)})
-
-
 __all__ = [
     "REQUANTIZATION",
     "TOLERANCE",
-    "Described",
     "adapt",
     "check",
     "coverage",
     "describe",
-    "open_session",
     "portable_bounds",
     "probe",
     "run",
-    "session",
     "write",
 ]

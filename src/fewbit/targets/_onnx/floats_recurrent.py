@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from fewbit.errors import TargetError
-from fewbit.targets.onnx.floats_weights import Layer
+from fewbit.targets._onnx.floats_weights import Layer
 
 
 def lstm(layer: Layer) -> list[Any]:

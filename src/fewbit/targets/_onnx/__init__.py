@@ -1,0 +1,1 @@
+"""What the ONNX targets share: writing a program as ONNX, running it, looking into the runtime."""
