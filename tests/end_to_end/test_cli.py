@@ -45,7 +45,9 @@ def test_verify(folder: Path) -> None:
 
 
 def test_evaluate(folder: Path) -> None:
-    done = fewbit("evaluate", "model.onnx", "--data", "test.npz", "--metrics", "accuracy,f1", "--json", cwd=folder)
+    done = fewbit(
+        "evaluate", "model.onnx", "--data", "test.npz", "--metrics", "accuracy,f1", "--json", cwd=folder
+    )
     answer = json.loads(done.stdout)
     assert answer["samples"] == 497
     assert answer["metrics"]["accuracy"] > 0.97

@@ -16,7 +16,9 @@ from fewbit.storage import MODEL, load, save
 
 LIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "code in a node's name": lambda d: d["graph"]["nodes"][1].update(name="x); import os; (x"),
-    "operator that is none": lambda d: d["graph"]["nodes"][1].update(op="call_function", target="aten.__class__.mro"),
+    "operator that is none": lambda d: d["graph"]["nodes"][1].update(
+        op="call_function", target="aten.__class__.mro"
+    ),
     "python function": lambda d: d["graph"]["nodes"][1].update(op="call_function", target="os.system"),
     "layer that is none": lambda d: d["graph"]["layers"]["1"].update(type="Sequential"),
     "huge layer": lambda d: d["graph"]["layers"]["1"]["config"].update(in_features=2**39),

@@ -144,7 +144,9 @@ def test_every_width(small: nn.Module, images: Tensor, tmp_path: Any, weights: s
 
 def test_equalization_and_bias_correction_recover_accuracy(small: nn.Module, images: Tensor) -> None:
     with torch.no_grad():
-        small.conv1.weight.mul_(torch.logspace(-2, 0, 8).reshape(-1, 1, 1, 1))  # channels of very different range
+        small.conv1.weight.mul_(
+            torch.logspace(-2, 0, 8).reshape(-1, 1, 1, 1)
+        )  # channels of very different range
     expected = small(images)
     plain = fewbit.quantize(small, images, weights="int4", granularity="tensor")
     better = fewbit.quantize(
@@ -161,7 +163,9 @@ def test_rules_choose_by_layer(small: nn.Module, images: Tensor, tmp_path: Any) 
     exported(quantized, tmp_path)
 
 
-def test_tensorrt_is_symmetric_and_structurally_sound(small: nn.Module, images: Tensor, tmp_path: Any) -> None:
+def test_tensorrt_is_symmetric_and_structurally_sound(
+    small: nn.Module, images: Tensor, tmp_path: Any
+) -> None:
     import onnx
 
     from fewbit.targets.tensorrt import structure
@@ -200,7 +204,9 @@ def test_held_out_data_that_is_clipped_is_told(small: nn.Module, images: Tensor)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fewbit.quantize(small, images, held_out=images.flip(0))
-    with pytest.warns(CalibrationWarning, match=r"input:x: \d+\.\d% of its values on held-out data are clipped"):
+    with pytest.warns(
+        CalibrationWarning, match=r"input:x: \d+\.\d% of its values on held-out data are clipped"
+    ):
         fewbit.quantize(small, images, held_out=images + 2 * torch.randn_like(images))
 
 

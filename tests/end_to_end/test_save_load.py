@@ -98,5 +98,7 @@ def _flipped(content: bytes, place: int) -> bytes:
 
 def test_an_onnx_file_is_no_model_yet(tmp_path: Path) -> None:
     (tmp_path / "a.onnx").write_bytes(b"x")
-    with pytest.raises(FewbitError, match="an ONNX file, which cannot be read as a model yet; expected a folder"):
+    with pytest.raises(
+        FewbitError, match="an ONNX file, which cannot be read as a model yet; expected a folder"
+    ):
         load(tmp_path / "a.onnx")
