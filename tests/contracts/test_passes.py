@@ -210,15 +210,6 @@ def test_layers_modes_and_ties(name: str, prepared: Prepared) -> None:
 
 
 @pytest.mark.parametrize("name", pass_names())
-def test_shapes_follow(name: str, prepared: Prepared) -> None:
-    _, (x,), source = prepared
-    gm = copy.deepcopy(source)
-    run(name, gm, (x,), **settings(name, source, gm, x))
-    gm.graph.lint()
-    assert all("shape" in node.meta for node in gm.graph.nodes if node.op in ("call_module", "placeholder"))
-
-
-@pytest.mark.parametrize("name", pass_names())
 def test_twice_is_once(name: str, prepared: Prepared) -> None:
     _, (x,), source = prepared
     gm = copy.deepcopy(source)
@@ -246,24 +237,42 @@ def test_leaves_other_modules_alone(name: str, prepared: Prepared) -> None:
 
 
 @pytest.fixture
-def lying_pass(tmp_path: Path) -> Iterator[str]:
-    """One more pass in one more folder: it promises to keep the outputs and does not."""
+def more_passes(tmp_path: Path) -> Iterator[None]:
+    """Two more passes in one more folder: one says that it keeps the outputs and does not, one adds a node."""
     (tmp_path / "lying.py").write_text(
         "PRESERVES = 'The outputs.'\nTOLERANCE = 1e-4\n\n\n"
         "def apply(gm, factor=1.5):\n    gm.head.weight.data.mul_(factor)\n    return ['head changed']\n"
     )
+    (tmp_path / "adding.py").write_text(
+        "import torch\n\nPRESERVES = 'Nothing.'\nTOLERANCE = None\n\n\n"
+        "def apply(gm):\n    out = next(n for n in gm.graph.nodes if n.op == 'output')\n"
+        "    with gm.graph.inserting_before(out):\n"
+        "        new = gm.graph.call_function(torch.ops.aten.abs.default, (out.args[0],))\n"
+        "    out.args = (new,)\n    return ['abs added']\n"
+    )
     fewbit.passes.__path__.append(str(tmp_path))
-    yield "lying"
+    yield
     fewbit.passes.__path__.remove(str(tmp_path))
 
 
-def test_a_pass_that_lies_is_found(lying_pass: str) -> None:
+@pytest.mark.usefixtures("more_passes")
+def test_a_new_node_gets_its_shape_and_is_run() -> None:
     module, x = network("residual")
     gm = read(module.eval(), (x,))
-    assert run(lying_pass, gm, (x,), factor=1.0) == ["head changed"]
+    assert run("adding", gm, (x,)) == ["abs added"]
+    added = list(gm.graph.nodes)[-2]
+    assert (added.meta["shape"], added.meta["dtype"]) == ((4, 5), torch.float32)
+    assert float(gm(x).min()) >= 0
+
+
+@pytest.mark.usefixtures("more_passes")
+def test_a_pass_that_lies_is_found() -> None:
+    module, x = network("residual")
+    gm = read(module.eval(), (x,))
+    assert run("lying", gm, (x,), factor=1.0) == ["head changed"]
     gm.head.bias.data.zero_()  # type: ignore[union-attr]
     with pytest.raises(ModelError) as caught:
-        run(lying_pass, gm, (x,))
+        run("lying", gm, (x,))
     assert str(caught.value) == (
         "pass 'lying' moved output 0 of the model by 5.0e-01 (relative, on the example): "
         "expected at most 1e-04; leave the pass out for this model (it did: head changed)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -220,11 +221,24 @@ def correct_by_definition(gm: fx.GraphModule, rounded: fx.GraphModule, x: Tensor
         layer.bias = nn.Parameter((bias + shift).float())
 
 
+class Readings:
+    """One batch that counts how often it is read."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.count = x, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor]]:
+        self.count += 1
+        yield (self.x,)
+
+
 def test_bias_correction_is_the_definition() -> None:
     gm, rounded, x = coarse()
     slow = copy.deepcopy(rounded)
     correct_by_definition(gm, slow, x)
-    notes = bias_correction.correct(gm, rounded, [(x,)], LAYERS)
+    readings = Readings(x)
+    notes = bias_correction.correct(gm, rounded, readings, LAYERS)
+    assert readings.count == 4, "float means, means before, one sweep, means after"
     for name in LAYERS:
         expected = slow.get_submodule(name).bias
         assert torch.allclose(rounded.get_submodule(name).bias, expected, atol=2e-6), name
@@ -263,3 +277,22 @@ def test_bias_correction_of_some_layers_touches_no_others() -> None:
     }
     assert changed == {"up.bias", "head.bias"}
     assert torch.allclose(means(rounded, x)["head"], means(gm, x)["head"], atol=1e-6)
+
+
+def test_bias_correction_keeps_its_best_sweep() -> None:
+    """A layer that drifts ten times further on each call: the first sweep's bias is the best that can be had."""
+    gm, _, x = coarse(3)
+    drifting = copy.deepcopy(gm)
+    drifting.conv1.bias.data += 1000.0
+    calls = 0
+
+    def drift(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return output + 1e-3 * 10**calls
+
+    drifting.conv1.register_forward_hook(drift)
+    notes = bias_correction.correct(gm, drifting, [(x,)], ["conv1"])
+    assert calls == 1 + 2 * bias_correction.SWEEPS
+    assert torch.allclose(drifting.conv1.bias, gm.conv1.bias - 0.1, atol=1e-3)
+    assert notes[-1].endswith("(conv1), more than the 1% aimed at")

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_passes_obstacles import X, graph, message, plain
+from test_passes_obstacles import Tied, X, graph, message, plain
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fewbit.errors import CalibrationError, ModelError
+from fewbit.model.readers.torch import read
 from fewbit.passes import bias_correction
 
 
