@@ -5,12 +5,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from fewbit.checkpoint import Checkpoint
 from fewbit.data import Batches
 from fewbit.errors import CalibrationError, FewbitError
 from fewbit.model.integer_forms import FIXED_UNIT
@@ -25,6 +27,7 @@ _FEW = 32  # samples below which ranges are mostly luck
 _CLIPPED = (
     0.005  # of a layer's held-out values: above this share, and five times that of calibration, is a warning
 )
+_SAVE_EVERY = 10.0  # seconds between saved states of a calibration that can resume
 _SHOW_AFTER = 2.0  # seconds of work before a progress bar is worth its lines
 
 
@@ -69,18 +72,38 @@ def calibrate(
     observers: dict[Node, tuple[str, RangeObserver]],
     facts: Facts,
     progress: bool = False,
+    resume: str | Path | None = None,
 ) -> None:
     """Show every batch to the observers (site name and observer by node), and count in ``facts``.
 
-    Raises ``CalibrationError`` that names the layer where a range cannot be estimated.
+    With ``resume``, the state is kept in that file every few seconds and when the pass is interrupted; the same
+    call then skips the batches that were seen, and removes the file when it is done. The data must come in the
+    same order. Raises ``CalibrationError`` that names the layer where a range cannot be estimated.
     """
     started = time.perf_counter()
     watcher = Watcher(gm, {node: _watch(site, observer) for node, (site, observer) in observers.items()})
-    with torch.inference_mode():
-        for inputs, _ in shown(batches, batches.length, "calibrating", progress):
-            watcher.run(*inputs)
-            facts.batches += 1
-            facts.samples += inputs[0].shape[0] if inputs[0].dim() else 1
+    checkpoint = None if resume is None else Checkpoint(resume, gm, dict(observers.values()))
+    done, facts.samples = (0, 0) if checkpoint is None else checkpoint.load()
+    saved = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            for index, (inputs, _) in enumerate(shown(batches, batches.length, "calibrating", progress)):
+                facts.batches = index + 1
+                if index < done:
+                    continue
+                # A batch counts when every observer has seen it: until then the state is not saved.
+                watcher.run(*inputs)
+                done += 1
+                facts.samples += inputs[0].shape[0] if inputs[0].dim() else 1
+                if checkpoint is not None and time.perf_counter() - saved > _SAVE_EVERY:
+                    checkpoint.save(done, facts.samples)
+                    saved = time.perf_counter()
+    except KeyboardInterrupt:
+        if checkpoint is not None and done == facts.batches:
+            checkpoint.save(done, facts.samples)
+        raise
+    if checkpoint is not None:
+        checkpoint.remove()
     facts.seconds = time.perf_counter() - started
     facts.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -119,7 +142,13 @@ def shown(items: Iterable[Any], total: int | None, what: str, progress: bool) ->
 
 
 def calibrate_activations(
-    gm: GraphModule, placement: Placement, plan: Plan, batches: Batches | None, facts: Facts, progress: bool
+    gm: GraphModule,
+    placement: Placement,
+    plan: Plan,
+    batches: Batches | None,
+    facts: Facts,
+    progress: bool,
+    resume: str | Path | None = None,
 ) -> dict[Node, FakeQuantize]:
     """The quantize step of every node at which codes are born: observed on the batches, or fixed by the operator."""
     rows = {node: plan.row(site_name(node, placement)) for node in placement.born}
@@ -130,7 +159,7 @@ def calibrate_activations(
         if row.observer is not None and row.scheme is not None
     }
     if observers and batches is not None:
-        calibrate(gm, batches, observers, facts, progress)
+        calibrate(gm, batches, observers, facts, progress, resume)
         if facts.samples < _FEW:
             facts.warnings.append(
                 f"only {facts.samples} calibration samples: ranges from fewer than {_FEW} are mostly luck; "

@@ -35,6 +35,7 @@ def quantize(
     recipe: Recipe | str | Path = "int8",
     target: str = "onnx",
     held_out: object = None,
+    resume: str | Path | None = None,
     batch_size: int = 64,
     progress: bool = True,
     **overrides: Any,
@@ -47,7 +48,8 @@ def quantize(
     first calibration batch. ``recipe``: a preset's name, a TOML file or a ``Recipe``; further keywords replace its
     values, as in ``quantize(model, data, weights="int4", equalize=True)``. ``target``: the runtime it is meant for.
     ``held_out``: inputs like those the model will see; a warning names the layers that would clip them much more than
-    the calibration data. ``progress``: show a bar on a terminal.
+    the calibration data. ``resume``: a file that keeps the calibration's state if it is interrupted; the same call
+    goes on from there, with the same result. ``progress``: show a bar on a terminal.
 
     What calibration saw, its memory and its warnings are in ``.facts``; warnings are also issued as
     ``CalibrationWarning``. Raises ``ModelError``, ``DataError``, ``CalibrationError``, ``RecipeError`` or
@@ -74,7 +76,7 @@ def quantize(
             f"recipe {chosen.name!r} quantizes activations statically and needs calibration data: "
             'call quantize(model, calibration=data), or use activations="dynamic"'
         )
-    quantized = _quantized(gm, chosen, placement, resolved, batches, examples, target, progress)
+    quantized = _quantized(gm, chosen, placement, resolved, batches, examples, target, progress, resume)
     if held_out is not None:
         unseen = as_batches(held_out, what="held-out", like=examples, labels=False, batch_size=batch_size)
         quantized.facts["warnings"] += clipping_warnings(quantized, batches, unseen)
@@ -138,9 +140,10 @@ def _quantized(
     examples: tuple[Tensor, ...],
     target: str,
     progress: bool,
+    resume: str | Path | None,
 ) -> QuantizedModel:
     facts = Facts()
-    quantizers = calibrate_activations(gm, placement, resolved, batches, facts, progress)
+    quantizers = calibrate_activations(gm, placement, resolved, batches, facts, progress, resume)
     float_gm = copy.deepcopy(gm) if recipe.bias_correction else None
     limits = weight_limits(gm, recipe, placement, quantizers, get_target(target))
     facts.warnings += dead_channels(gm, resolved)
