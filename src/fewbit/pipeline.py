@@ -21,7 +21,7 @@ from fewbit.passes.bias_correction import correct
 from fewbit.plan import Plan, Recipe, resolve
 from fewbit.rounding import rounding_names
 from fewbit.targets import adapt_and_check, get_target
-from fewbit.weights import dead_channels, round_weights, weight_limits
+from fewbit.weights import dead_channels, round_biases, round_weights, weight_limits
 
 _READ_WITH = 4  # samples that reading and the passes prove themselves on
 _KEPT = 16  # samples that the model keeps for the export gate
@@ -159,6 +159,7 @@ def _quantized(
     kept = tuple(x[:_KEPT] for x in examples)
     model = QuantizedModel(gm, resolved, qtensors, integer, kept, target, facts.to_json())
     separate_ties(model)
+    round_biases(model)
     return model
 
 

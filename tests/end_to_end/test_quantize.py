@@ -221,3 +221,15 @@ def test_what_is_missing_is_said(small: nn.Module, images: Tensor) -> None:
         fewbit.quantize(fewbit.quantize(small, images), images)
     with pytest.raises(DataError, match="generator can be read once"):
         fewbit.quantize(small, (batch for batch in images.split(16)), bias_correction=True)
+
+
+def test_the_simulation_adds_the_biases_of_the_program(small: nn.Module, images: Tensor) -> None:
+    from fewbit.model.lowering import lower
+    from fewbit.model.reference import Reference
+
+    quantized = fewbit.quantize(small, images)
+    answer, expected = quantized(images), Reference(lower(quantized))(images)
+    # What is left are rounding ties of float sums: few, and one code each.
+    step = float(quantized.quantizer("head").scale)
+    assert (answer - expected).abs().max() <= 1.01 * step
+    assert (answer != expected).float().mean() < 0.02
