@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit.errors import ArtifactError, ModelError, TargetError
+from fewbit.errors import ArtifactError, FewbitError, ModelError, TargetError
 from fewbit.evaluation.latency import Latency, latency, ratio
 from fewbit.gate import Verification, check_file, refuse_if_wrong
 from fewbit.model.lowering import lower
@@ -108,7 +108,14 @@ def verify(path: str | Path, inputs: Tensor | tuple[Tensor, ...] | None = None) 
     facts = _facts(path, described.properties)
     runtime = get_target(str(facts.get("target", target_of(path))))
     given = (inputs,) if isinstance(inputs, Tensor) else inputs or random_inputs(described.program)
-    result = check_file(runtime, path, described.program, described.codes, given)
+    try:
+        result = check_file(runtime, path, described.program, described.codes, given)
+    except FewbitError as error:
+        raise type(error)(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    except Exception as error:  # the program comes from the file: whatever it breaks is the file's fault
+        raise ArtifactError(
+            f"{path}: its program does not fit its graph ({type(error).__name__}: {error!s:.200})"
+        ) from error
     if facts.get("verified") is False:
         result.notes.append("this file was exported with verify=False")
     refuse_if_wrong(result, described.program)

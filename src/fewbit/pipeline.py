@@ -128,7 +128,9 @@ def _normalised(model: nn.Module, examples: tuple[Tensor, ...], recipe: Recipe) 
 def _planned(gm: GraphModule, recipe: Recipe, target: str) -> tuple[Placement, Plan]:
     placement = place(gm, recipe.mode)
     resolved = resolve(recipe, find_sites(gm, placement))
-    return placement, adapt_and_check(resolved, get_target(target), target)
+    nodes = (*placement.forms.items(), *placement.dynamic.items())
+    integer = {str(node.target) for node, form in nodes if form.kind in WEIGHTED}
+    return placement, adapt_and_check(resolved, get_target(target), target, integer)
 
 
 def _quantized(

@@ -5,6 +5,7 @@ cannot run it), ``portable_bounds`` (weights' ranges that no CPU saturates), ``w
 ``describe`` (the program a file carries), ``probe`` (the codes computed inside it) and ``coverage`` (its kernels).
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -43,10 +44,31 @@ def get_target(name: str) -> Target:
     return cast(Target, registry.module(name))
 
 
-def adapt_and_check(plan: Plan, target: Target, name: str) -> Plan:
-    """The plan as the target wants it. Raises ``PlanError`` that lists every layer the target cannot run, and why."""
+def adapt_and_check(plan: Plan, target: Target, name: str, integer: Collection[str] = ()) -> Plan:
+    """The plan as the target wants it; ``integer`` names the layers that are to run in integer kernels.
+
+    Raises ``PlanError`` that lists every layer the target cannot run, why, and what to do.
+    """
     rows = tuple(target.adapt(row) for row in plan.rows)
-    refusals = [f"  {row.site}: {reason}" for row in rows if (reason := target.check(row)) is not None]
+    reasons = [
+        (row, target.check(row) or (_no_kernel(row) if row.layer in integer else None)) for row in rows
+    ]
+    refusals = [f"  {row.site}: {reason}" for row, reason in reasons if reason is not None]
     if refusals:
         raise PlanError(f"target {name!r} cannot run this plan:\n" + "\n".join(refusals))
     return Plan(rows, plan.recipe)
+
+
+def _no_kernel(row: Row) -> str | None:
+    """Why a weight fits no integer kernel of any target: those multiply symmetric codes of at most 8 bits."""
+    scheme = row.scheme
+    if row.kind != "weight" or scheme is None:
+        return None
+    problem = None
+    if not scheme.spec.integer or scheme.spec.bits > 8:
+        problem = f"{scheme.format} weights have no integer kernel; use int8 or fewer bits"
+    elif not scheme.symmetric:
+        problem = "weights with zero points have no integer kernel; use weight_symmetric=True"
+    elif scheme.granularity == "group":
+        problem = "weights in groups have no integer kernel; use granularity='channel'"
+    return problem and f"{problem}, or keep the activations float (activations='float')"

@@ -26,21 +26,22 @@ def session(source: Path | bytes, threads: int | None = None, optimized: Path | 
         options.intra_op_num_threads = threads
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-    return ort.InferenceSession(
-        source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
-    )
+    try:
+        return ort.InferenceSession(
+            source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime raises types of its own, which have no common importable base
+        name = "the probed model" if isinstance(source, bytes) else str(source)
+        raise ArtifactError(
+            f"{name}: ONNX Runtime cannot load it ({str(error).splitlines()[0][:200]})"
+        ) from error
 
 
 def open_session(path: Path) -> Any:
     """A session for anybody's file. Raises ``ArtifactError`` where it is missing or ONNX Runtime refuses it."""
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file")
-    try:
-        return session(path)
-    except Exception as error:  # onnxruntime raises types of its own, which have no common importable base
-        raise ArtifactError(
-            f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0][:200]})"
-        ) from error
+    return session(path)
 
 
 def run(path: Path, inputs: tuple[Tensor, ...]) -> list[np.ndarray]:
