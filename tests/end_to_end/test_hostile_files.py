@@ -40,3 +40,14 @@ def test_lies_are_refused(tmp_path: Path, lie: str) -> None:
     with pytest.raises(ArtifactError, match=r"model.json") as caught:
         load(folder)
     assert "checksum" not in str(caught.value)
+
+
+def test_a_real_layer_that_is_none_of_ours_is_refused(tmp_path: Path) -> None:
+    folder = save(quantize(nn.Sequential(nn.Linear(4, 3)), torch.randn(40, 4)), tmp_path / "net")
+    header = json.loads((folder / MODEL).read_text())
+    header["model"]["graph"]["layers"]["0"].update(type="Bilinear")
+    text = json.dumps(header["model"], sort_keys=True, separators=(",", ":"))
+    header["model_digest"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / MODEL).write_text(json.dumps(header))
+    with pytest.raises(ArtifactError, match=r"layer '0': 'Bilinear' is no standard layer"):
+        load(folder)

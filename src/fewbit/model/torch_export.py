@@ -5,6 +5,7 @@ sentence.
 from __future__ import annotations
 
 import copy
+import logging
 import re
 import sysconfig
 import traceback
@@ -194,9 +195,15 @@ def a(value: object) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No warnings from inside torch.export: none is about the user's model."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    talkative = logging.getLogger("torch._export.non_strict_utils")  # says so of every dimension of size one
+    before = talkative.level
+    talkative.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        talkative.setLevel(before)
 
 
 @contextmanager
