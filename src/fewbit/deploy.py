@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fewbit.targets._onnx.runtime import open_session, session
 
 SUFFIXES = {".onnx": "onnx"}
 _SAMPLES = 16
+_LARGEST_INPUT = 2**28  # numbers: more than that is no model's input, but a file's lie
 
 
 @dataclass
@@ -107,8 +109,8 @@ def verify(path: str | Path, inputs: Tensor | tuple[Tensor, ...] | None = None) 
     described = get_target(target_of(path)).describe(path)
     facts = _facts(path, described.properties)
     runtime = get_target(str(facts.get("target", target_of(path))))
-    given = (inputs,) if isinstance(inputs, Tensor) else inputs or random_inputs(described.program)
     try:
+        given = (inputs,) if isinstance(inputs, Tensor) else inputs or random_inputs(described.program)
         result = check_file(runtime, path, described.program, described.codes, given)
     except FewbitError as error:
         raise type(error)(str(error) if str(path) in str(error) else f"{path}: {error}") from error
@@ -191,6 +193,10 @@ def random_inputs(program: Program, samples: int = 8) -> tuple[Tensor, ...]:
     found = []
     for name, shape, dtype in zip(program.inputs, program.input_shapes, program.input_dtypes, strict=True):
         sizes = [samples if i == 0 else s or 16 for i, s in enumerate(shape)]
+        if prod(sizes) > _LARGEST_INPUT:
+            raise ArtifactError(
+                f"input {name!r} has {prod(sizes):,} numbers for {samples} samples; give inputs of your own"
+            )
         if not dtype.startswith("float"):
             found.append(torch.zeros(sizes, dtype=getattr(torch, dtype)))
             continue

@@ -89,7 +89,8 @@ def read_back(path: Path) -> Described:
                 values = function_values(op.attrs["function"], program.codings[op.inputs[0]])
                 op.constants["table"] = quantize_table(values, program.codings[op.output])
         return Described(program, codes, properties)
-    except (ValueError, KeyError, TypeError, AttributeError, zlib.error, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
+            zlib.error) as error:  # fmt: skip
         raise ArtifactError(f"{path}: its program is damaged ({type(error).__name__}: {error})") from error
 
 
