@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fewbit.model.kernels import dynamic_quantize
 from fewbit.model.sites import QUANTIZERS
 from fewbit.numerics.qtensor import QTensor, fake_quantize
 from fewbit.numerics.scheme import Scheme
@@ -150,6 +149,3 @@ def insert_dynamic(gm: GraphModule, node: torch.fx.Node) -> torch.fx.Node:
     new.meta = copy.copy(source.meta)
     node.replace_input_with(source, new)
     return new
-
-
-__all__ = ["DynamicFakeQuantize", "FakeQuantize", "QTensors", "QuantizedModel", "dynamic_quantize"]
