@@ -13,7 +13,7 @@ SOURCE = ROOT / "src"
 # A module may import modules of lower layers and of its own unit, never sideways. In "together" layers the
 # units may also import each other.
 LAYERS: list[set[str]] = [
-    {"errors", "registry", "data"},
+    {"errors", "registry", "extras", "data"},
     {"numerics"},
     {"plan"},
     {"model"},
@@ -41,6 +41,11 @@ HEAVY = {
     "rich",
     "typer",
     "matplotlib",
+    "keras",
+    "h5py",
+    "ai_edge_litert",
+    "openvino",
+    "executorch",
 }
 # Units that may load heavy modules at once, because nothing loads them before they are needed.
 LATE_UNITS = {"targets", "evaluation", "gate", "deploy", "report", "demo", "cli"}
