@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,10 +22,9 @@ from fewbit.model.program import Program
 from fewbit.model.readers.torch import read
 from fewbit.model.simulate import QuantizedModel, without_quantizers
 from fewbit.plan import Plan
-from fewbit.targets import get_target
-from fewbit.targets._onnx.runtime import open_session, session
+from fewbit.targets import Target, get_target
+from fewbit.targets import registry as targets
 
-SUFFIXES = {".onnx": "onnx"}
 _SAMPLES = 16
 _LARGEST_INPUT = 2**28  # numbers: more than that is no model's input, but a file's lie
 
@@ -82,36 +82,48 @@ def export(
     runtime = get_target(key)
     inputs = (example,) if isinstance(example, Tensor) else example or quantized.example
     inputs = tuple(x[:_SAMPLES] for x in inputs)
-    program = lower(quantized)
+    program = runtime.prepare(lower(quantized))
     metadata = _metadata(quantized, key, verify)
-    with _temporary(path) as temporary:
-        runtime.write(program, temporary, metadata)
-        artifact = Artifact(path, key, temporary.stat().st_size)
+    with _Staging(path) as staged:
+        runtime.write(program, staged.file, metadata)
+        artifact = Artifact(path, key, staged.size())
         if verify:
-            codes = runtime.describe(temporary).codes
-            artifact.verification = check_file(runtime, temporary, program, codes, inputs)
+            codes = runtime.describe(staged.file).codes
+            artifact.verification = check_file(runtime, staged.file, program, codes, inputs)
             artifact.verification.path = str(path)
             refuse_if_wrong(artifact.verification, program, "; the file was not kept")
             if time and quantized.integer:
-                artifact.latency = _time(quantized, temporary, inputs)
+                artifact.latency = _time(runtime, quantized, staged.file, inputs)
                 artifact.notes += _slower(artifact.latency)
-        temporary.replace(path)
+        staged.keep()
     return artifact
 
 
-def verify(path: str | Path, inputs: Tensor | tuple[Tensor, ...] | None = None) -> Verification:
+def verify(
+    path: str | Path,
+    inputs: Tensor | tuple[Tensor, ...] | None = None,
+    *,
+    model: QuantizedModel | None = None,
+) -> Verification:
     """Run an exported file in its own runtime again and compare it with the integer program that it carries.
 
-    ``inputs``: by default random ones that cover the file's input range. Raises ``ArtifactError`` for a damaged file
-    and ``VerificationError`` where it differs.
+    ``inputs``: by default random ones that cover the file's input range. ``model``: the quantized model that the file
+    was exported from, to be compared instead; formats that carry no program (``.pte``, ``.xml``) need it. Raises
+    ``ArtifactError`` for a damaged file and ``VerificationError`` where it differs.
     """
     path = Path(path)
     described = get_target(target_of(path)).describe(path)
     facts = _facts(path, described.properties)
     runtime = get_target(str(facts.get("target", target_of(path))))
+    program = described.program if model is None else runtime.prepare(lower(model))
+    if program is None:
+        raise ArtifactError(
+            f"{path}: a {path.suffix} file carries no integer program to compare with: give the quantized model that "
+            "it was exported from, verify(path, model=quantized), or --model and its saved folder"
+        )
     try:
-        given = (inputs,) if isinstance(inputs, Tensor) else inputs or random_inputs(described.program)
-        result = check_file(runtime, path, described.program, described.codes, given)
+        given = (inputs,) if isinstance(inputs, Tensor) else inputs or random_inputs(program)
+        result = check_file(runtime, path, program, described.codes, given)
     except FewbitError as error:
         raise type(error)(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except Exception as error:  # the program comes from the file: whatever it breaks is the file's fault
@@ -120,7 +132,7 @@ def verify(path: str | Path, inputs: Tensor | tuple[Tensor, ...] | None = None) 
         ) from error
     if facts.get("verified") is False:
         result.notes.append("this file was exported with verify=False")
-    refuse_if_wrong(result, described.program)
+    refuse_if_wrong(result, program)
     return result
 
 
@@ -130,6 +142,9 @@ def describe(path: str | Path) -> dict[str, Any]:
     runtime = get_target(target_of(path))
     described = runtime.describe(path)
     program = described.program
+    facts = _facts(path, described.properties)
+    if program is None:
+        return {"path": str(path), "bytes": path.stat().st_size, "facts": facts, "operations": []}
     kernels = {k.layer: k for k in runtime.coverage(path, program, described.codes)}
     rows = []
     for op in program.ops:
@@ -146,20 +161,14 @@ def describe(path: str | Path) -> dict[str, Any]:
                 "computes": how,
             }
         )
-    facts = _facts(path, described.properties)
     return {"path": str(path), "bytes": path.stat().st_size, "facts": facts, "operations": rows}
 
 
 def runner(path: str | Path) -> Callable[..., Tensor]:
-    """A function from input tensors to the first output of an ONNX file, run in ONNX Runtime."""
-    opened = open_session(Path(path))
-    names = [i.name for i in opened.get_inputs()]
-
-    def answer(*inputs: Tensor) -> Tensor:
-        feed = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
-        return torch.from_numpy(opened.run(None, feed)[0])
-
-    return answer
+    """A function from input tensors to the first output of an artifact, run in its own runtime on one thread."""
+    path = Path(path)
+    opened = get_target(target_of(path)).open(path)
+    return lambda *inputs: opened(*inputs)[0]
 
 
 def _facts(path: Path, properties: dict[str, str]) -> dict[str, Any]:
@@ -173,10 +182,11 @@ def _facts(path: Path, properties: dict[str, str]) -> dict[str, Any]:
 
 def target_of(path: Path) -> str:
     """The target that a file is for, by its suffix. Raises ``TargetError`` for an unknown one."""
-    key = SUFFIXES.get(path.suffix)
+    known = {get_target(name).SUFFIX: name for name in reversed(targets.names())}  # onnx before tensorrt
+    key = known.get(path.suffix)
     if key is None:
         raise TargetError(
-            f"{path}: no target has the suffix {path.suffix!r}; expected one of {', '.join(SUFFIXES)}"
+            f"{path}: no target has the suffix {path.suffix!r}; expected one of {', '.join(sorted(known))}"
         )
     return key
 
@@ -235,14 +245,16 @@ def _metadata(model: QuantizedModel, target: str, verified: bool) -> dict[str, s
     return {"fewbit": json.dumps(facts)}
 
 
-def _time(model: QuantizedModel, path: Path, inputs: tuple[Tensor, ...]) -> dict[str, Latency]:
-    """Both files, one sample at a time, in turn."""
+def _time(
+    runtime: Target, model: QuantizedModel, path: Path, inputs: tuple[Tensor, ...]
+) -> dict[str, Latency]:
+    """Both files in the same runtime, one sample at a time, in turn."""
     with tempfile.TemporaryDirectory() as folder:
-        floating = Path(folder) / "float.onnx"
-        get_target("onnx").write(lower(without_quantizers(model)), floating, {})
-        sessions = {"float": session(floating), "quantized": session(path)}
-        feed = {i.name: x[:1].numpy() for i, x in zip(sessions["float"].get_inputs(), inputs, strict=True)}
-        runs = {name: partial(s.run, None, feed) for name, s in sessions.items()}
+        floating = Path(folder) / f"float{runtime.SUFFIX}"
+        runtime.write(runtime.prepare(lower(without_quantizers(model))), floating, {})
+        one = tuple(x[:1] for x in inputs)
+        files = {"float": floating, "quantized": path}
+        runs = {name: partial(runtime.open(file), *one) for name, file in files.items()}
         return latency(runs, repeat=15, seconds=3.0)
 
 
@@ -256,19 +268,33 @@ def _slower(times: dict[str, Latency]) -> list[str]:
     ]
 
 
-class _temporary:
-    """A name beside ``path`` that is gone afterwards, whatever happens; a full disk is one clear error."""
+class _Staging:
+    """A folder beside ``path`` for the files that a target writes; gone afterwards, whatever happens."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.name = path.with_name(f".{path.name}.{os.getpid()}.part")
+        self.folder = path.with_name(f".{path.name}.{os.getpid()}.part")
+        self.file = self.folder / path.name
 
-    def __enter__(self) -> Path:
+    def size(self) -> int:
+        """Bytes of everything written."""
+        return sum(file.stat().st_size for file in self.folder.iterdir())
+
+    def keep(self) -> None:
+        """Move everything into place, the file that was asked for last."""
+        for file in sorted(self.folder.iterdir(), key=lambda f: f == self.file):
+            file.replace(self.path.with_name(file.name))
+
+    def __enter__(self) -> "_Staging":
         if not self.path.parent.is_dir():
             raise ArtifactError(f"{self.path}: the folder {self.path.parent} does not exist; create it first")
-        return self.name
+        try:
+            self.folder.mkdir()
+        except OSError as error:
+            raise ArtifactError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+        return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self.name.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
         if isinstance(error, OSError):
             raise ArtifactError(f"{self.path}: cannot be written ({error.strerror or error})") from error

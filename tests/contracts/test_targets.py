@@ -12,7 +12,9 @@ from fewbit.numerics.scheme import Scheme
 from fewbit.plan import Row
 from fewbit.targets import get_target, registry
 
-FUNCTIONS = ("adapt", "check", "portable_bounds", "write", "run", "describe", "probe", "coverage")
+FUNCTIONS = (
+    "runtime", "adapt", "check", "portable_bounds", "prepare", "write", "open", "describe", "probe", "coverage",
+)  # fmt: skip
 RULES = ("f32_even", "q31_double", "q16_single")
 
 
@@ -43,13 +45,13 @@ def test_adapting_twice_changes_nothing_more_and_keeps_the_width(name: str) -> N
 def test_a_small_network_agrees_with_the_reference(name: str, tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
     quantized = fewbit.quantize(net, torch.randn(64, 3, 6, 6), target=name)
-    path = tmp_path / "m.onnx"
+    path = tmp_path / f"m{get_target(name).SUFFIX}"
     fewbit.export(quantized, path, target=name, time=False)
     target, x = get_target(name), torch.randn(9, 3, 6, 6)
     described = target.describe(path)
     result = check_file(target, path, described.program, described.codes, (x,))
     assert len(result.layers) >= 3 and result.exact
-    answer, expected = torch.from_numpy(target.run(path, (x,))[0]), quantized(x)
+    answer, expected = target.open(path)(x)[0], quantized(x)
     unit = described.program.codings["_3"].scale
     # A tolerance is for each code of a layer: 288 of them, each with a weight of its own, meet in an output.
     reach = float(net[3].weight.detach().abs().sum(1).max()) * described.program.codings["_0"].scale

@@ -12,7 +12,7 @@ from fewbit.errors import VerificationError
 from fewbit.gate import has_vnni
 from fewbit.numerics.scheme import Scheme
 from fewbit.rounding import round_weight
-from fewbit.targets._onnx.saturation import can_saturate, portable_bounds
+from fewbit.targets._saturation import can_saturate, portable_bounds
 
 
 def pairs_fit(codes: torch.Tensor) -> bool:

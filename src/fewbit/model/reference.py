@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import ArtifactError, DataError
-from fewbit.model.kernels import KERNELS, accumulate, dequantize, dynamic_quantize, quantize
+from fewbit.model.kernels import accumulate, dequantize, dynamic_quantize
+from fewbit.model.profiles import PROFILES
 from fewbit.model.program import Coding, Op, Program, aten, decode_args
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme
@@ -47,10 +48,12 @@ class Reference:
     """A program ready to run. Calling it with the model's inputs gives the model's outputs.
 
     ``run`` also gives every intermediate value; codes are int32 tensors, everything else is float32.
+    ``requantization`` names the rule of the kernels that are reproduced: "f32_even" or "q31_double".
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, requantization: str = "f32_even") -> None:
         self.program = program
+        self.profile = PROFILES[requantization]
         self._modules: dict[str, nn.Module] = {}
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -72,9 +75,9 @@ class Reference:
         """The output of one operation on the given inputs (codes as int32)."""
         if op.domain == "integer":
             codings = [self.program.codings[name] for name in op.inputs]
-            return KERNELS[op.kind](op, inputs, codings, self.program.codings[op.output])
+            return self.profile.kernels[op.kind](op, inputs, codings, self.program.codings[op.output])
         if op.kind == "quantize":
-            return quantize(inputs[0], self.program.codings[op.output])
+            return self.profile.quantize(inputs[0], self.program.codings[op.output])
         if op.kind == "dequantize":
             return dequantize(inputs[0], self.program.codings[op.inputs[0]])
         if op.kind == "constant":

@@ -1,13 +1,13 @@
 """Targets: the runtimes that a quantized model can be written for. One folder or file each; its name is its key.
 
-A target module has ``adapt(row)`` (the scheme as the runtime wants it), ``check(row)`` (None, or why the runtime
-cannot run it), ``portable_bounds`` (weights' ranges that no CPU saturates), ``write``, ``run``, and for the export gate
-``describe`` (the program a file carries), ``probe`` (the codes computed inside it) and ``coverage`` (its kernels).
+A target plans (``adapt``, ``check``, ``portable_bounds``), writes (``prepare``, ``write``), runs (``open``) and, for
+the export gate, shows what its runtime does inside a file (``describe``, ``probe``, ``coverage``).
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from torch import Tensor
 
@@ -17,23 +17,68 @@ from fewbit.numerics.scheme import Scheme
 from fewbit.plan import Plan, Row
 from fewbit.registry import Registry
 
+Runner = Callable[..., list[Tensor]]
+"""A file opened in its runtime: input tensors in, output tensors out (float32 where the file computes codes)."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One operation of the program and whether the runtime computes it on integers; ``planned``: whether it should."""
+
+    layer: str
+    kind: str
+    integer: bool
+    cause: str = ""
+    planned: bool = True
+
+
+@dataclass
+class Described:
+    """What a file carries: its program where it has one, and under which names its runtime computes which codes."""
+
+    program: Program | None
+    codes: dict[str, str] = field(default_factory=dict)
+    properties: dict[str, str] = field(default_factory=dict)
+
 
 class Target(Protocol):
-    """What a target module offers. ``codes`` names, by program value, the tensors of the file that hold its codes."""
+    """What a target module offers."""
 
+    SUFFIX: str  # of its files, such as ".onnx"
     REQUANTIZATION: str  # the rule that its integer kernels follow
     TOLERANCE: int  # by how many units its codes may differ from the reference
 
-    def adapt(self, row: Row) -> Row: ...
-    def check(self, row: Row) -> str | None: ...
+    def runtime(self) -> str:
+        """Its runtime's name and version. Raises ``MissingExtraError`` where that is not installed."""
+
+    def adapt(self, row: Row) -> Row:
+        """The row as the runtime wants it."""
+
+    def check(self, row: Row) -> str | None:
+        """None where the runtime can run the row, else why not and what to do."""
+
     def portable_bounds(
         self, weight: Tensor, lo: Tensor, hi: Tensor, scheme: Scheme
-    ) -> tuple[Tensor, Tensor]: ...
-    def write(self, program: Program, path: Path, metadata: dict[str, str]) -> None: ...
-    def run(self, path: Path, inputs: tuple[Tensor, ...]) -> Any: ...
-    def describe(self, path: Path) -> Any: ...
-    def probe(self, path: Path, inputs: tuple[Tensor, ...], codes: dict[str, str]) -> Any: ...
-    def coverage(self, path: Path, program: Program, codes: dict[str, str]) -> list[Any]: ...
+    ) -> tuple[Tensor, Tensor]:
+        """Weights' ranges that no CPU of this runtime saturates."""
+
+    def prepare(self, program: Program) -> Program:
+        """The program as this runtime executes it: its codes, its shared scales, its layout."""
+
+    def write(self, program: Program, path: Path, metadata: dict[str, str]) -> None:
+        """Write a prepared program to ``path``, in a folder of its own: more files may lie beside it."""
+
+    def open(self, path: Path) -> Runner:
+        """The file ready to run, on one thread. Raises ``ArtifactError`` where the runtime refuses it."""
+
+    def describe(self, path: Path) -> Described:
+        """What the file carries. Raises ``ArtifactError`` for a damaged file."""
+
+    def probe(self, path: Path, inputs: tuple[Tensor, ...], codes: dict[str, str]) -> dict[str, Tensor]:
+        """Codes (int32) computed inside, by the program's value names; none where the runtime does not show them."""
+
+    def coverage(self, path: Path, program: Program, codes: dict[str, str]) -> list[Kernel]:
+        """Each operation that could be integer, as the runtime's own optimized graph has it."""
 
 
 registry = Registry("fewbit.targets", "target", TargetError)

@@ -8,13 +8,15 @@ import onnx
 from fewbit.model.program import Program
 from fewbit.plan import Row
 from fewbit.targets._onnx.probe import coverage, probe, read_back
-from fewbit.targets._onnx.runtime import run
-from fewbit.targets._onnx.saturation import portable_bounds
+from fewbit.targets._onnx.runtime import open_file, runtime
 from fewbit.targets._onnx.writer import Writer
+from fewbit.targets._saturation import portable_bounds
 
+SUFFIX = ".onnx"
 REQUANTIZATION = "f32_even"
 TOLERANCE = 0
 describe = read_back
+open = open_file
 
 
 def adapt(row: Row) -> Row:
@@ -43,6 +45,11 @@ def check(row: Row) -> str | None:
     return None
 
 
+def prepare(program: Program) -> Program:
+    """As it is: the lowering was made for these kernels."""
+    return program
+
+
 def write(program: Program, path: Path, metadata: dict[str, str]) -> None:
     """Write the program to ``path`` (no verification here: ``fewbit.export`` does that)."""
     onnx.save(Writer(program).model(metadata), str(path))
@@ -50,13 +57,16 @@ def write(program: Program, path: Path, metadata: dict[str, str]) -> None:
 
 __all__ = [
     "REQUANTIZATION",
+    "SUFFIX",
     "TOLERANCE",
     "adapt",
     "check",
     "coverage",
     "describe",
+    "open",
     "portable_bounds",
+    "prepare",
     "probe",
-    "run",
+    "runtime",
     "write",
 ]

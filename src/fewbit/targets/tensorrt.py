@@ -16,12 +16,15 @@ from torch import Tensor
 from fewbit.model.program import Program
 from fewbit.numerics.scheme import Scheme
 from fewbit.plan import Row
-from fewbit.targets._onnx.probe import Described, Kernel, probe, read_back
-from fewbit.targets._onnx.runtime import run
+from fewbit.targets import Described, Kernel
+from fewbit.targets._onnx.probe import probe, read_back
+from fewbit.targets._onnx.runtime import open_file, runtime
 from fewbit.targets._onnx.writer import Writer
 
+SUFFIX = ".onnx"
 REQUANTIZATION = "f32_even"
 TOLERANCE = 1
+open = open_file
 _WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 
@@ -55,6 +58,11 @@ def check(row: Row) -> str | None:
 def portable_bounds(weight: Tensor, lo: Tensor, hi: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """As they come: a GPU adds products in 32 bits."""
     return lo, hi
+
+
+def prepare(program: Program) -> Program:
+    """As it is."""
+    return program
 
 
 def write(program: Program, path: Path, metadata: dict[str, str]) -> None:
@@ -107,12 +115,16 @@ def _qdq_problems(node: onnx.NodeProto, constants: dict[str, Any]) -> list[str]:
 
 __all__ = [
     "REQUANTIZATION",
+    "SUFFIX",
+    "TOLERANCE",
     "adapt",
     "check",
     "coverage",
     "describe",
+    "open",
     "portable_bounds",
+    "prepare",
     "probe",
-    "run",
+    "runtime",
     "write",
 ]

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import torch
@@ -12,6 +13,8 @@ from fewbit.model.program import Op
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme
 from fewbit.targets._onnx.builder import Builder, int4
+
+HALVES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}  # stored as they are
 
 
 class Layer:
@@ -79,7 +82,7 @@ class Layer:
 
 
 def dequantized(builder: Builder, q: QTensor, name: str, transposed: bool = False) -> str:
-    """A quantized tensor as stored codes and a DequantizeLinear; float32 where its format is no integer.
+    """A quantized tensor as stored codes and a DequantizeLinear; half-width floats as they are and a Cast.
 
     A group is a ``block_size`` along the last axis of a matrix [N, K]. Groups of a tensor with more axes run
     across several of them, which ONNX cannot say: it is stored as the matrix of its channels, and reshaped.
@@ -88,6 +91,10 @@ def dequantized(builder: Builder, q: QTensor, name: str, transposed: bool = Fals
     slow unpacking.
     """
     scheme = q.scheme
+    if scheme.format in HALVES:
+        values = q.dequantize().numpy().astype(HALVES[scheme.format])
+        stored = builder.constant(np.ascontiguousarray(values.T) if transposed else values, name)
+        return builder.node("Cast", [stored], name, to=onnx.TensorProto.FLOAT)
     if not scheme.spec.integer:
         values = q.dequantize().numpy()
         return builder.constant(np.ascontiguousarray(values.T) if transposed else values, name)

@@ -4,7 +4,6 @@ import base64
 import json
 import tempfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from fewbit.errors import ArtifactError, TargetError
 from fewbit.model.codings import function_values, quantize_table
 from fewbit.model.program import Program
+from fewbit.targets import Described, Kernel
 from fewbit.targets._onnx.runtime import session
 
 METADATA = "fewbit.program"
@@ -45,15 +45,6 @@ def describe(program: Program, constants: dict[str, str], codes: dict[str, str])
         op["constants"] = [role for role in op["constants"] if f"{op['output']}.{role}" in constants]
     text = json.dumps({"program": data, "constants": constants, "codes": codes}, separators=(",", ":"))
     return base64.b85encode(zlib.compress(text.encode(), 9)).decode()
-
-
-@dataclass
-class Described:
-    """A file that carries its program: what to compare its runtime with."""
-
-    program: Program
-    codes: dict[str, str]
-    properties: dict[str, str]
 
 
 def read_back(path: Path) -> Described:
@@ -111,10 +102,8 @@ def _plain(array: np.ndarray) -> np.ndarray:
     return array.astype(np.int8) if array.dtype.itemsize == 1 and array.dtype.kind == "V" else array.copy()
 
 
-def probe(
-    path: Path, inputs: tuple[Tensor, ...], codes: dict[str, str]
-) -> tuple[list[np.ndarray], dict[str, Tensor]]:
-    """The file's outputs, and the codes (int32) of every value in ``codes``, all graph optimizations on."""
+def probe(path: Path, inputs: tuple[Tensor, ...], codes: dict[str, str]) -> dict[str, Tensor]:
+    """The codes (int32) of every value in ``codes``, all graph optimizations on."""
     model = onnx.load(str(path))
     graph = model.graph
     produced = {name for node in graph.node for name in node.output}
@@ -130,21 +119,7 @@ def probe(
         results = dict(zip(names, s.run(None, feed), strict=True))
     except Exception as error:  # onnxruntime raises its own types, which are not importable by name
         raise TargetError(f"{path}: ONNX Runtime failed: {str(error).splitlines()[0][:300]}") from error
-    first = len(present)
-    return (
-        [results[n] for n in names[:first]],
-        {value: torch.from_numpy(results[name].astype(np.int32)) for value, name in wanted.items()},
-    )
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One operation of the program and whether the runtime computes it on integers."""
-
-    layer: str
-    kind: str
-    integer: bool
-    cause: str = ""
+    return {value: torch.from_numpy(results[name].astype(np.int32)) for value, name in wanted.items()}
 
 
 def coverage(path: Path, program: Program, codes: dict[str, str]) -> list[Kernel]:
@@ -165,10 +140,11 @@ def coverage(path: Path, program: Program, codes: dict[str, str]) -> list[Kernel
         elif op.kind == "table":
             function = op.attrs["function"]["target"].split(".")[1]
             kernels.append(
-                Kernel(op.layer, function, False, "no integer kernel for this function; exact all the same")
+                Kernel(op.layer, function, False, "no integer kernel; exact all the same", planned=False)
             )
         elif op.kind == "module" and op.attrs["type"].startswith(("Conv", "Linear", "LSTM", "GRU")):
-            kernels.append(Kernel(op.layer, op.attrs["type"], False, op.note or "planned as float"))
+            cause = op.note or "planned as float"
+            kernels.append(Kernel(op.layer, op.attrs["type"], False, cause, planned=False))
     return kernels
 
 

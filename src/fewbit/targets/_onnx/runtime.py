@@ -1,12 +1,14 @@
 """ONNX Runtime sessions."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor
 
-from fewbit.errors import ArtifactError, MissingExtraError
+from fewbit.errors import ArtifactError, DataError
+from fewbit.extras import require
 
 
 def session(source: Path | bytes, threads: int | None = None, optimized: Path | None = None) -> Any:
@@ -15,10 +17,7 @@ def session(source: Path | bytes, threads: int | None = None, optimized: Path | 
     ``source``: a file or the bytes of a model. ``threads``: for one operator; by default all cores. ``optimized``:
     where to write what the runtime made of the graph.
     """
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime is not installed: pip install onnxruntime") from error
+    ort = require("onnxruntime", "onnx", "running ONNX files")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -37,14 +36,22 @@ def session(source: Path | bytes, threads: int | None = None, optimized: Path | 
         ) from error
 
 
-def open_session(path: Path) -> Any:
-    """A session for anybody's file. Raises ``ArtifactError`` where it is missing or ONNX Runtime refuses it."""
+def runtime() -> str:
+    """Its name and version."""
+    return f"ONNX Runtime {require('onnxruntime', 'onnx', 'running ONNX files').__version__}"
+
+
+def open_file(path: Path) -> Callable[..., list[Tensor]]:
+    """The file ready to run, on one thread. Raises ``ArtifactError`` where it is missing or refused."""
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file")
-    return session(path)
+    opened = session(path, 1)
+    names = [i.name for i in opened.get_inputs()]
 
+    def answer(*inputs: Tensor) -> list[Tensor]:
+        if len(inputs) != len(names):
+            raise DataError(f"{path}: takes {len(names)} inputs ({', '.join(names)}), {len(inputs)} given")
+        outputs = opened.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
+        return [torch.from_numpy(o) for o in outputs]
 
-def run(path: Path, inputs: tuple[Tensor, ...]) -> list[np.ndarray]:
-    """The outputs of the file for these inputs."""
-    s = session(path)
-    return s.run(None, {i.name: x.numpy() for i, x in zip(s.get_inputs(), inputs, strict=True)})
+    return answer
