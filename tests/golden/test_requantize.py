@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbit.errors import FormatError
-from fewbit.numerics.requantize import RULES, f32_even, q16_constants, q16_single, q31_constants, q31_double
+from fewbit.numerics.requantize import (
+    RULES,
+    f32_even,
+    q16_constants,
+    q16_single,
+    q31_constants,
+    q31_double,
+    q31_single,
+)
 
 LOW, HIGH = -(2**31), 2**31 - 1
 accumulators = st.one_of(st.integers(LOW, HIGH), st.integers(-(2**18), 2**18))
@@ -34,6 +42,13 @@ def nearest_float32(value):
 def f32_even_by_definition(acc, scale, zero_point):
     product = nearest_float32(Fraction(float(nearest_float32(Fraction(acc)))) * Fraction(float(scale)))
     return clamp(round(Fraction(float(product))) + zero_point)  # a Fraction rounds half to even
+
+
+def q31_single_by_definition(acc, scale, zero_point):
+    """The multiplier's own value times the accumulator, exactly, rounded once: half away from zero."""
+    multiplier, shift = (int(v) for v in q31_constants(float(scale)))
+    exact = Fraction(acc * multiplier) * Fraction(2) ** (shift - 31)
+    return clamp((1 if exact >= 0 else -1) * math.floor(abs(exact) + Fraction(1, 2)) + zero_point)
 
 
 # gemmlowp's fixedpoint.h, operation by operation.
@@ -118,6 +133,7 @@ def test_every_output_near_every_tie(rule):
     definition = {
         "f32_even": f32_even_by_definition,
         "q31_double": q31_double_by_definition,
+        "q31_single": q31_single_by_definition,
         "q16_single": q16_single_by_definition,
     }[rule]
     acc = torch.arange(-700, 700, dtype=torch.int32)
@@ -127,10 +143,11 @@ def test_every_output_near_every_tie(rule):
 
 
 def test_ties_by_hand():
-    """-2.5, -1.5, -0.5, 0.5, 1.5, 2.5 under each rule: even; half up, then away from zero; half up."""
+    """-2.5, -1.5, -0.5, 0.5, 1.5, 2.5 under each rule: even; half up, then away from zero; away; half up."""
     acc, half = torch.tensor([-5, -3, -1, 1, 3, 5]), torch.tensor(0.5)
     assert f32_even(acc, half, 0, -128, 127).tolist() == [-2, -2, 0, 0, 2, 2]
     assert q31_double(acc, half, 0, -128, 127).tolist() == [-2, -1, 0, 1, 2, 3]
+    assert q31_single(acc, half, 0, -128, 127).tolist() == [-3, -2, -1, 1, 2, 3]
     assert q16_single(acc, half, 0, -128, 127).tolist() == [-2, -1, 0, 1, 2, 3]
     quarter = torch.tensor(0.25)  # now q31_double shifts right, and its second rounding decides
     acc = torch.tensor([-10, -6, -2, 2, 6, 10])

@@ -26,7 +26,7 @@ def _f32(value: float) -> np.float32:
     return np.float32(value)
 
 
-def _limits(op: Op, out: Coding) -> tuple[int, int]:
+def limits(op: Op, out: Coding) -> tuple[int, int]:
     """Smallest and largest code of the output, a fused clamp included."""
     lo, hi = op.attrs.get("clamp") or (out.scheme.qmin, out.scheme.qmax)
     return int(lo), int(hi)
@@ -80,19 +80,24 @@ def _weighted(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> T
     multiplier = _multiplier(op, codings[0], out)
     if op.kind == "conv" and multiplier.numel() > 1:
         multiplier = multiplier.reshape(-1, *[1] * (acc.dim() - 2))
-    return f32_even(acc, multiplier, out.zero_point, *_limits(op, out))
+    return f32_even(acc, multiplier, out.zero_point, *limits(op, out))
+
+
+def exact_matmul(xs: list[Tensor], codings: list[Coding]) -> Tensor:
+    """The int64 accumulators of a product of two coded tensors."""
+    carrier = _carrier(xs[0].shape[-1] * _widest(codings[0]) * _widest(codings[1]))
+    a, b = (x.to(carrier) - c.zero_point for x, c in zip(xs, codings, strict=True))
+    return _exact(torch.matmul(a, b))
 
 
 def _matmul(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
-    carrier = _carrier(xs[0].shape[-1] * _widest(codings[0]) * _widest(codings[1]))
-    a, b = (x.to(carrier) - c.zero_point for x, c in zip(xs, codings, strict=True))
-    acc = _exact(torch.matmul(a, b))
+    acc = exact_matmul(xs, codings)
     multiplier = torch.tensor(_f32(codings[0].scale) * _f32(codings[1].scale) / _f32(out.scale))
-    return f32_even(acc, multiplier, out.zero_point, *_limits(op, out))
+    return f32_even(acc, multiplier, out.zero_point, *limits(op, out))
 
 
 def _round(values: np.ndarray, op: Op, out: Coding) -> Tensor:
-    lo, hi = _limits(op, out)
+    lo, hi = limits(op, out)
     return torch.from_numpy(np.clip(np.rint(values), lo, hi).astype(np.int32))
 
 
@@ -141,7 +146,7 @@ def _global_avg_pool(op: Op, xs: list[Tensor], codings: list[Coding], out: Codin
 
 def _shifted(op: Op, out: Coding) -> Op:
     """The same operation with limits for codes before the zero point is added."""
-    lo, hi = _limits(op, out)
+    lo, hi = limits(op, out)
     return Op(
         op.kind, op.domain, op.layer, op.node, [], "", {"clamp": (lo - out.zero_point, hi - out.zero_point)}
     )
@@ -167,16 +172,21 @@ def _softmax(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Te
     return _round((powers * steps_in_one).astype(np.float32) / total, _shifted(op, out), out) + out.zero_point
 
 
+def _requantize(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
+    scale = torch.tensor(_f32(codings[0].scale) / _f32(out.scale))
+    return f32_even(xs[0] - codings[0].zero_point, scale, out.zero_point, *limits(op, out))
+
+
 def _table(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
     return op.constants["table"].to(torch.int32)[xs[0].long() - int(codings[0].scheme.qmin)]
 
 
 def _clip(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
-    return xs[0].clamp(*_limits(op, out))
+    return xs[0].clamp(*limits(op, out))
 
 
 def _pad(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
-    return F.pad(xs[0], op.attrs["pad"], value=out.zero_point)
+    return F.pad(xs[0], op.attrs["pad"], value=op.attrs.get("value", out.zero_point))
 
 
 KERNELS: dict[str, Kernel] = {
@@ -192,6 +202,7 @@ KERNELS: dict[str, Kernel] = {
     "table": _table,
     "clip": _clip,
     "pad": _pad,
+    "requantize": _requantize,
 }
 
 

@@ -67,6 +67,7 @@ class _Lowering:
             output_dtypes=[dtype_name(n) for n in leaves],
             ops=self.ops,
             codings=self.codings,
+            example_shapes=[shape(n) for n in inputs],
         )
 
     def _outputs(self, structure: Any, leaves: list[Node]) -> Any:

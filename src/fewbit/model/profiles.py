@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fewbit.model import kernels
+from fewbit.model import kernels, kernels_q31
 from fewbit.model.program import Coding
 
 
@@ -17,4 +17,7 @@ class Profile:
     quantize: Callable[[Tensor, Coding], Tensor]
 
 
-PROFILES: dict[str, Profile] = {"f32_even": Profile(kernels.KERNELS, kernels.quantize)}
+PROFILES: dict[str, Profile] = {
+    "f32_even": Profile(kernels.KERNELS, kernels.quantize),
+    "q31_double": Profile(kernels_q31.KERNELS, kernels_q31.quantize),
+}

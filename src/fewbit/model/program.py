@@ -68,6 +68,7 @@ class Program:
     output_dtypes: list[str]
     ops: list[Op]
     codings: dict[str, Coding]
+    example_shapes: list[tuple[int, ...]] = field(default_factory=list)  # of the inputs, every size a number
 
     def output_names(self) -> list[str]:
         """The output values, flattened in order."""
@@ -94,6 +95,7 @@ class Program:
             "outputs": self.outputs,
             "output_shapes": [list(s) for s in self.output_shapes],
             "output_dtypes": self.output_dtypes,
+            "example_shapes": [list(s) for s in self.example_shapes],
             "codings": {name: c.to_json() for name, c in self.codings.items()},
             "ops": [
                 {
@@ -142,6 +144,7 @@ class Program:
                 output_dtypes=[str(d) for d in data["output_dtypes"]],
                 ops=ops,
                 codings={str(k): Coding.from_json(v) for k, v in data["codings"].items()},
+                example_shapes=[tuple(int(n) for n in s) for s in data.get("example_shapes", [])],
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"program: damaged description ({type(error).__name__}: {error})") from error

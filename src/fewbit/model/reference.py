@@ -72,7 +72,16 @@ class Reference:
 
     @torch.inference_mode()
     def step(self, op: Op, inputs: list[Any]) -> Any:
-        """The output of one operation on the given inputs (codes as int32)."""
+        """The output of one operation on the given inputs (codes as int32).
+
+        ``layout`` "NHWC" among the attributes: images come and go with their channels last.
+        """
+        if op.attrs.get("layout") == "NHWC":
+            result = self._step(op, [_moved(x, 0, 3, 1, 2) for x in inputs])
+            return _moved(result, 0, 2, 3, 1)
+        return self._step(op, inputs)
+
+    def _step(self, op: Op, inputs: list[Any]) -> Any:
         if op.domain == "integer":
             codings = [self.program.codings[name] for name in op.inputs]
             return self.profile.kernels[op.kind](op, inputs, codings, self.program.codings[op.output])
@@ -96,6 +105,10 @@ class Reference:
         if op.kind == "integers":
             return _INTEGERS[op.attrs["target"]](*decode_args(op.attrs["args"], inputs))
         return _aten(op, inputs)
+
+
+def _moved(value: Any, *axes: int) -> Any:
+    return value.permute(axes) if isinstance(value, Tensor) and value.dim() == 4 else value
 
 
 def _aten(op: Op, inputs: list[Any]) -> Any:

@@ -24,7 +24,7 @@ def separate_ties(model: QuantizedModel) -> None:
     """Move output scales of tables in ``model`` (in place) until every entry is at least ``MARGIN`` from a tie."""
     for _ in range(_TRIES):
         program = lower(model)
-        near = [op for op in program.ops if op.kind == "table" and _near_tie(op, program.codings)]
+        near = [op for op in program.ops if op.kind == "table" and near_tie(op, program.codings)]
         if not near:
             return
         for op in near:
@@ -39,7 +39,8 @@ def _quantizer(model: QuantizedModel, op: Op) -> FakeQuantize:
     return quantizer
 
 
-def _near_tie(op: Op, codings: dict[str, Coding]) -> bool:
+def near_tie(op: Op, codings: dict[str, Coding]) -> bool:
+    """Whether an entry of a table lies so near a tie that runtimes could disagree about it."""
     out = codings[op.output]
     codes = function_values(op.attrs["function"], codings[op.inputs[0]]) / out.scale
     inside = (codes + out.zero_point > out.scheme.qmin - 1) & (codes + out.zero_point < out.scheme.qmax + 1)

@@ -57,15 +57,28 @@ def q31_double(acc: Tensor, scale: Tensor | float, zero_point: Tensor | int, qmi
     Where a scale of 1 or more shifts the accumulator out of int32, it saturates; the C code overflows there.
     """
     multiplier, shift = q31_constants(scale)
-    multiplier, shift = multiplier.to(acc.device), shift.to(acc.device)
+    return (scale_q31(acc, multiplier, shift) + zero_point).clamp(qmin, qmax).to(torch.int32)
+
+
+def scale_q31(acc: Tensor, multiplier: Tensor | int, shift: Tensor | int) -> Tensor:
+    """acc * multiplier * 2**(shift - 31), rounded twice as ``q31_double`` does: int64, neither offset nor clamped."""
+    multiplier, shift = (torch.as_tensor(v, device=acc.device) for v in (multiplier, shift))
     x = (acc.to(torch.int64) << shift.clamp(min=0)).clamp(-(2**31), 2**31 - 1)
     # gemmlowp adds a nudge that depends on the sign and divides towards zero: together that is half up.
     high = (x * multiplier + 2**30) >> 31
     right = (-shift).clamp(min=0)
     mask = (torch.ones_like(right) << right) - 1
     threshold = (mask >> 1) + (high < 0)
-    scaled = (high >> right) + ((high & mask) > threshold)
-    return (scaled + zero_point).clamp(qmin, qmax).to(torch.int32)
+    return (high >> right) + ((high & mask) > threshold)
+
+
+def q31_single(acc: Tensor, scale: Tensor | float, zero_point: Tensor | int, qmin: int, qmax: int) -> Tensor:
+    """int32 multiplier and shift, rounded once, half away from zero: LiteRT's fully connected reference kernel."""
+    multiplier, shift = (c.to(acc.device) for c in q31_constants(scale))
+    places = (31 - shift).clamp(max=62)
+    half = torch.ones_like(places) << (places - 1)
+    magnitude = (acc.to(torch.int64).abs() * multiplier + half) >> places
+    return (torch.sign(acc) * magnitude + zero_point).clamp(qmin, qmax).to(torch.int32)
 
 
 def q16_constants(scale: Tensor | float, shift: int | None = None) -> tuple[Tensor, Tensor]:
@@ -132,6 +145,7 @@ def _split(scale: Tensor | float, limit: int) -> tuple[Tensor, Tensor]:
 RULES: dict[str, Callable[..., Tensor]] = {
     "f32_even": f32_even,
     "q31_double": q31_double,
+    "q31_single": q31_single,
     "q16_single": q16_single,
 }
 """The rules by name, as a target declares them."""

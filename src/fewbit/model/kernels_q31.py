@@ -1,0 +1,131 @@
+"""Integer kernels under the rule ``q31_double``: LiteRT's reference kernels, operator by operator, bit for bit.
+
+Measured on ai-edge-litert 2.3.0 (``BUILTIN_REF``). Scales enter as products and quotients of their float32 values in
+float64, as the runtime's preparation does; everything after that is integer, but for softmax and the step from float.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewbit.model.kernels import KERNELS as COMMON
+from fewbit.model.kernels import Kernel, accumulate, exact_matmul, limits
+from fewbit.model.program import Coding, Op
+from fewbit.numerics.requantize import q31_constants, q31_double, q31_single, scale_q31
+
+_ADD_SHIFT = 20  # both operands of a sum are scaled up by this before they are brought to a common scale
+
+
+def _f64(scale: float) -> np.float64:
+    return np.float64(np.float32(scale))
+
+
+def _weighted(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
+    acc = accumulate(op, xs[0], codings[0])
+    weight_scale = op.constants["weight_scale"].to(torch.float32).double()
+    scale = float(_f64(codings[0].scale)) * weight_scale / float(_f64(out.scale))
+    if op.kind == "linear":
+        return q31_single(acc, scale, out.zero_point, *limits(op, out))
+    if scale.numel() > 1:
+        scale = scale.reshape(-1, *[1] * (acc.dim() - 2))
+    return q31_double(acc, scale, out.zero_point, *limits(op, out))
+
+
+def _product_scale(codings: list[Coding], out: Coding) -> float:
+    return float(_f64(codings[0].scale) * _f64(codings[1].scale) / _f64(out.scale))
+
+
+def _matmul(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
+    acc = exact_matmul(xs, codings)
+    return q31_double(acc, _product_scale(codings, out), out.zero_point, *limits(op, out))
+
+
+def _mul(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
+    a, b = (x.to(torch.int64) - c.zero_point for x, c in zip(xs, codings, strict=True))
+    return q31_double(a * b, _product_scale(codings, out), out.zero_point, *limits(op, out))
+
+
+def _add(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
+    twice = 2 * max(_f64(c.scale) for c in codings)
+    scaled = []
+    for x, coding in zip(xs, codings, strict=True):
+        centred = (x.to(torch.int64) - coding.zero_point) << _ADD_SHIFT
+        scaled.append(scale_q31(centred, *q31_constants(float(_f64(coding.scale) / twice))))
+    back = float(twice / ((1 << _ADD_SHIFT) * _f64(out.scale)))
+    return q31_double(scaled[0] + scaled[1], back, out.zero_point, *limits(op, out))
+
+
+def _requantize(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
+    scale = float(_f64(codings[0].scale) / _f64(out.scale))
+    return q31_double(xs[0].to(torch.int64) - codings[0].zero_point, scale, out.zero_point, *limits(op, out))
+
+
+def _leaky_relu(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
+    x = xs[0].to(torch.int64) - codings[0].zero_point
+    scale = _f64(codings[0].scale) / _f64(out.scale)
+    negative = float(_f64(codings[0].scale) * _f64(op.attrs["alpha"]) / _f64(out.scale))
+    above, below = (q31_double(x, s, out.zero_point, *limits(op, out)) for s in (float(scale), negative))
+    return torch.where(x >= 0, above, below)
+
+
+def _avg_pool(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
+    """The mean of the codes themselves, half away from zero: input and output share one coding."""
+    kernel, stride = op.attrs["kernel"], op.attrs["stride"]
+    n = int(np.prod(kernel))
+    sums = torch.nn.functional.avg_pool2d(xs[0].double(), kernel, stride, divisor_override=1)
+    total = sums.to(torch.int64)
+    magnitude = torch.div(total.abs() + n // 2, n, rounding_mode="floor")
+    return (torch.sign(total) * magnitude).clamp(*limits(op, out)).to(torch.int32)
+
+
+def _global_avg_pool(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
+    """A MEAN over all places: the division by their number is folded into the multiplier, which is cut, not rounded."""
+    x = xs[0].to(torch.int64) - codings[0].zero_point
+    n = x[0, 0].numel()
+    multiplier, shift = (int(v) for v in q31_constants(float(_f64(codings[0].scale) / _f64(out.scale))))
+    places = min(n.bit_length() - 1, 32, 31 + shift)
+    acc = x.flatten(2).sum(-1)
+    scaled = scale_q31(acc, (multiplier << places) // n, shift - places)
+    codes = (scaled + out.zero_point).clamp(*limits(op, out)).to(torch.int32)
+    return codes if op.attrs.get("squeeze") else codes.reshape(*codes.shape, *[1] * (x.dim() - 2))
+
+
+def _softmax(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
+    """Exponentials from a table of float32, summed in order; over the last axis."""
+    x = xs[0].numpy().astype(np.int64)
+    beta = np.float32(codings[0].scale)
+    table = np.exp(-beta * np.arange(256, dtype=np.float32)).astype(np.float32)
+    powers = table[x.max(-1, keepdims=True) - x]
+    total = np.zeros((*x.shape[:-1], 1), np.float32)
+    for i in range(x.shape[-1]):
+        total[..., 0] += powers[..., i]
+    inverse = np.float32(1) / (total * np.float32(out.scale))
+    codes = np.floor(powers * inverse + np.float32(0.5)) + out.zero_point
+    return torch.from_numpy(np.clip(codes, *limits(op, out)).astype(np.int32))
+
+
+def _concat(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
+    parts = [x if c == out else _requantize(op, [x], [c], out) for x, c in zip(xs, codings, strict=True)]
+    return torch.cat(parts, op.attrs["axis"])
+
+
+KERNELS: dict[str, Kernel] = COMMON | {
+    "conv": _weighted,
+    "linear": _weighted,
+    "matmul": _matmul,
+    "add": _add,
+    "mul": _mul,
+    "avg_pool": _avg_pool,
+    "global_avg_pool": _global_avg_pool,
+    "concat": _concat,
+    "softmax": _softmax,
+    "requantize": _requantize,
+    "leaky_relu": _leaky_relu,
+}
+
+
+def quantize(x: Tensor, coding: Coding) -> Tensor:
+    """Codes (int32) of a float32 tensor under ``coding``: the quotient in float32, halves away from zero."""
+    values = (x.to(torch.float32).numpy() / np.float32(coding.scale)).astype(np.float64)
+    codes = np.sign(values) * np.floor(np.abs(values) + 0.5) + coding.zero_point
+    return torch.from_numpy(np.clip(codes, coding.scheme.qmin, coding.scheme.qmax).astype(np.int32))

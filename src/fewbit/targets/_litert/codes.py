@@ -1,0 +1,106 @@
+"""Integer operations as LiteRT has them: its fixed scales, its fused activations, its functions of one code."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from fewbit.model.codings import clamp_codes, function_values, quantize_table
+from fewbit.model.program import Coding, Op, Program
+from fewbit.model.ties import near_tie
+from fewbit.numerics.scheme import Scheme
+
+ACTIVATIONS = {"RELU": (0.0, float("inf")), "RELU6": (0.0, 6.0), "RELU_N1_TO_1": (-1.0, 1.0)}
+_FUSING = ("conv", "linear", "add", "mul")  # kinds whose operation can clamp its own output
+
+# Functions that have an int8 kernel with a table of 256 entries, by the name of the torch operator.
+NATIVE = {
+    "aten.sigmoid.default": "LOGISTIC",
+    "aten.tanh.default": "TANH",
+    "aten.hardswish.default": "HARD_SWISH",
+    "aten.gelu.default": "GELU",
+    "aten.exp.default": "EXP",
+    "aten.abs.default": "ABS",
+    "aten.rsqrt.default": "RSQRT",
+    "aten.log.default": "LOG",
+}
+_INT8 = Scheme("int8", symmetric=False)
+_FIXED = {
+    "aten.sigmoid.default": Coding(_INT8, 1 / 256, -128),
+    "aten.tanh.default": Coding(_INT8, 1 / 128, 0),
+}
+
+
+def legalize(program: Program) -> Program:
+    """The program with operations that this runtime has, and its constraints on codings; same values, in order."""
+    ops: list[Op] = []
+    codings = dict(program.codings)
+    for op in program.ops:
+        if op.kind == "table":
+            ops += _function(op, codings)
+        elif op.domain == "integer" and op.attrs.get("clamp"):
+            ops += _clamped(op, codings)
+        else:
+            ops.append(dataclasses.replace(op))
+    return dataclasses.replace(program, ops=ops, codings=codings)
+
+
+def activation(clamp: list[int] | None, coding: Coding) -> str | None:
+    """The fused activation that clamps codes just so: "NONE", a name of ``ACTIVATIONS``, or None if there is none."""
+    full = [int(coding.scheme.qmin), int(coding.scheme.qmax)]
+    if not clamp or list(clamp) == full:
+        return "NONE"
+    return next((name for name, b in ACTIVATIONS.items() if clamp_codes(b, coding) == list(clamp)), None)
+
+
+def _clamped(op: Op, codings: dict[str, Coding]) -> list[Op]:
+    """A clamp that the operation cannot do itself becomes one of its own."""
+    coding = codings[op.output]
+    name = activation(op.attrs["clamp"], coding)
+    if name == "NONE" or (name is not None and op.kind in _FUSING) or op.kind == "clip":
+        return [dataclasses.replace(op)]
+    inner = f"{op.output}_unclamped"
+    codings[inner] = coding
+    attrs = {k: v for k, v in op.attrs.items() if k != "clamp"}
+    clip = Op("clip", "integer", op.layer, op.node, [inner], op.output, {"clamp": op.attrs["clamp"]})
+    return [dataclasses.replace(op, output=inner, attrs=attrs, node=f"{op.node}_unclamped"), clip]
+
+
+def _function(op: Op, codings: dict[str, Coding]) -> list[Op]:
+    """A function of one code: a kernel with a table, the leaky ReLU, or float between two steps."""
+    function = op.attrs["function"]
+    target = str(function["target"])
+    if target == "aten.leaky_relu.default":
+        alpha = function["args"][1] if len(function["args"]) > 1 else 0.01
+        return [dataclasses.replace(op, kind="leaky_relu", attrs={"alpha": alpha}, constants={})]
+    fixed = _FIXED.get(target)
+    if target in NATIVE and (fixed is None or codings[op.output] == fixed):
+        return [dataclasses.replace(op)]
+    if fixed is not None:
+        inner = f"{op.output}_fixed"
+        values = quantize_table(function_values(function, codings[op.inputs[0]]), fixed)
+        table = dataclasses.replace(op, output=inner, constants={"table": values}, node=f"{op.node}_fixed")
+        if not near_tie(table, codings | {inner: fixed}):
+            codings[inner] = fixed
+            return [table, Op("requantize", "integer", op.layer, op.node, [inner], op.output)]
+    return _island(op, function)
+
+
+def _island(op: Op, function: dict[str, Any]) -> list[Op]:
+    """Dequantize, the function in float, quantize: exact, as no entry of the table lies near a tie."""
+    floats, result = f"{op.output}_in", f"{op.output}_real"
+    attrs = {"target": function["target"], "args": function["args"], "kwargs": function["kwargs"]}
+    note = "LiteRT has no int8 kernel for this function; exact all the same"
+    return [
+        Op("dequantize", "boundary", op.layer, f"{op.node}_in", op.inputs, floats),
+        Op(attrs["target"], "float", op.layer, f"{op.node}_real", [floats], result, attrs, note=note),
+        Op("quantize", "boundary", op.layer, op.node, [result], op.output),
+    ]
+
+
+def bound_codes(coding: Coding, clamp: list[int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The lower and upper code of a clamp as tensors of one number; None where the format ends there anyway."""
+    lo, hi = clamp
+    low = torch.tensor([lo], dtype=torch.int8) if lo > coding.scheme.qmin else None
+    high = torch.tensor([hi], dtype=torch.int8) if hi < coding.scheme.qmax else None
+    return low, high
