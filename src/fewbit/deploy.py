@@ -89,12 +89,13 @@ def export(
         artifact = Artifact(path, key, staged.size())
         if verify:
             codes = runtime.describe(staged.file).codes
-            artifact.verification = check_file(runtime, staged.file, program, codes, inputs)
+            fitting = fitting_inputs(program, inputs)
+            artifact.verification = check_file(runtime, staged.file, program, codes, fitting)
             artifact.verification.path = str(path)
             refuse_if_wrong(artifact.verification, program, "; the file was not kept")
             if time and quantized.integer:
-                artifact.latency = _time(runtime, quantized, staged.file, inputs)
-                artifact.notes += _slower(artifact.latency)
+                artifact.latency, notes = _time(runtime, quantized, staged.file, inputs)
+                artifact.notes += notes
         staged.keep()
     return artifact
 
@@ -123,7 +124,7 @@ def verify(
         )
     try:
         given = (inputs,) if isinstance(inputs, Tensor) else inputs or random_inputs(program)
-        result = check_file(runtime, path, program, described.codes, given)
+        result = check_file(runtime, path, program, described.codes, fitting_inputs(program, given))
     except FewbitError as error:
         raise type(error)(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except Exception as error:  # the program comes from the file: whatever it breaks is the file's fault
@@ -197,12 +198,18 @@ def _chosen_target(model: QuantizedModel, path: Path) -> str:
     return "tensorrt" if key == "onnx" and model.target == "tensorrt" else key
 
 
+def fitting_inputs(program: Program, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """As many of the samples as the program takes at once."""
+    fixed = next((shape[0] for shape in program.input_shapes if shape and shape[0] is not None), None)
+    return inputs if fixed is None else tuple(x[:fixed] for x in inputs)
+
+
 def random_inputs(program: Program, samples: int = 8) -> tuple[Tensor, ...]:
     """Inputs that cover the codes of every input of a program (seeded); token inputs stay below the smallest table."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for name, shape, dtype in zip(program.inputs, program.input_shapes, program.input_dtypes, strict=True):
-        sizes = [samples if i == 0 else s or 16 for i, s in enumerate(shape)]
+        sizes = [(samples if i == 0 else 16) if s is None else s for i, s in enumerate(shape)]
         if prod(sizes) > _LARGEST_INPUT:
             raise ArtifactError(
                 f"input {name!r} has {prod(sizes):,} numbers for {samples} samples; give inputs of your own"
@@ -247,18 +254,24 @@ def _metadata(model: QuantizedModel, target: str, verified: bool) -> dict[str, s
 
 def _time(
     runtime: Target, model: QuantizedModel, path: Path, inputs: tuple[Tensor, ...]
-) -> dict[str, Latency]:
-    """Both files in the same runtime, one sample at a time, in turn."""
+) -> tuple[dict[str, Latency], list[str]]:
+    """The file and its float twin in the same runtime, one sample at a time, in turn; and what there is to note."""
+    one, notes = tuple(x[:1] for x in inputs), []
     with tempfile.TemporaryDirectory() as folder:
         floating = Path(folder) / f"float{runtime.SUFFIX}"
-        runtime.write(runtime.prepare(lower(without_quantizers(model))), floating, {})
-        one = tuple(x[:1] for x in inputs)
-        files = {"float": floating, "quantized": path}
-        runs = {name: partial(runtime.open(file), *one) for name, file in files.items()}
-        return latency(runs, repeat=15, seconds=3.0)
+        runs = {"quantized": partial(runtime.open(path), *one)}
+        try:
+            runtime.write(runtime.prepare(lower(without_quantizers(model))), floating, {})
+            runs = {"float": partial(runtime.open(floating), *one)} | runs
+        except TargetError as error:
+            notes.append(f"not compared with float, which cannot be written: {str(error).splitlines()[0]}")
+        times = latency(runs, repeat=15, seconds=3.0)
+    return times, notes + _slower(times)
 
 
 def _slower(times: dict[str, Latency]) -> list[str]:
+    if "float" not in times:
+        return []
     r = ratio(times["quantized"], times["float"])
     if r.median <= 1:
         return []

@@ -71,6 +71,9 @@ class Target(Protocol):
     def open(self, path: Path) -> Runner:
         """The file ready to run, on one thread. Raises ``ArtifactError`` where the runtime refuses it."""
 
+    def open_exact(self, path: Path) -> Runner:
+        """The same by the kernels that the reference reproduces, where ``open`` uses other, faster ones."""
+
     def describe(self, path: Path) -> Described:
         """What the file carries. Raises ``ArtifactError`` for a damaged file."""
 

@@ -16,7 +16,7 @@ SUFFIX = ".onnx"
 REQUANTIZATION = "f32_even"
 TOLERANCE = 0
 describe = read_back
-open = open_file
+open = open_exact = open_file
 
 
 def adapt(row: Row) -> Row:
@@ -64,6 +64,7 @@ __all__ = [
     "coverage",
     "describe",
     "open",
+    "open_exact",
     "portable_bounds",
     "prepare",
     "probe",

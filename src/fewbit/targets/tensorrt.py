@@ -24,7 +24,7 @@ from fewbit.targets._onnx.writer import Writer
 SUFFIX = ".onnx"
 REQUANTIZATION = "f32_even"
 TOLERANCE = 1
-open = open_file
+open = open_exact = open_file
 _WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 
@@ -122,6 +122,7 @@ __all__ = [
     "coverage",
     "describe",
     "open",
+    "open_exact",
     "portable_bounds",
     "prepare",
     "probe",

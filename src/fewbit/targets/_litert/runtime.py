@@ -135,6 +135,11 @@ def open_file(path: Path) -> Runner:
     return Session(path)
 
 
+def open_exact(path: Path) -> Runner:
+    """The file ready to run with the reference kernels."""
+    return Session(path, reference=True)
+
+
 def probe(path: Path, inputs: tuple[Tensor, ...], codes: dict[str, str]) -> dict[str, Tensor]:
     """Every tensor in ``codes`` as the reference kernels compute it."""
     session = Session(path, reference=True)
