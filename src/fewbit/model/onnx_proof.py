@@ -1,0 +1,97 @@
+"""Compares what was read with what ONNX Runtime computes from the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from fewbit.errors import ArtifactError, ModelError
+from fewbit.model.onnx_graph import Graph
+from fewbit.model.torch_proof import TOLERANCE, difference
+
+NEWEST_OPSET, NEWEST_IR = 26, 13  # that ONNX Runtime 1.31 runs; older versions say what they know
+
+
+class Source:
+    """The file, run by ONNX Runtime without graph optimizations."""
+
+    def __init__(self, model: Any, graph: Graph, path: Path, changed: bool = False) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = 1
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self.path, self.graph = path, graph
+        content: Any = str(path)
+        if changed:
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(path.absolute().parent)
+            )
+            content = model.SerializeToString()
+        try:
+            self.session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own types have no common importable base
+            raise ArtifactError(
+                f"{path}: ONNX Runtime cannot load it ({_line(error)}); export it again"
+            ) from error
+
+    def run(self, example: tuple[Tensor, ...]) -> list[Tensor]:
+        """The outputs on the example, floats in float32."""
+        feeds = {i.name: _fed(t, i.dtype) for i, t in zip(self.graph.inputs, example, strict=True)}
+        try:
+            results = self.session.run(None, feeds)
+        except Exception as error:
+            shapes = ", ".join(str(list(t.shape)) for t in example)
+            raise ModelError(
+                f"{self.path}: ONNX Runtime cannot run it on inputs of shape {shapes} ({_line(error)}): expected the "
+                "file's own inputs; give one that fits with example="
+            ) from error
+        return [_read(r) for r in results]
+
+
+def _fed(tensor: Tensor, dtype: np.dtype[Any]) -> np.ndarray:
+    return tensor.numpy().astype(dtype, copy=False)
+
+
+def _read(array: Any) -> Tensor:
+    if not isinstance(array, np.ndarray):
+        raise ModelError("the file's output is no tensor: expected tensors only")
+    wide = array.astype(np.float32) if array.dtype.kind == "f" else array
+    return torch.from_numpy(np.ascontiguousarray(wide))
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).replace("[ONNXRuntimeError] : ", "")
+    return text.splitlines()[0][-200:] if text else type(error).__name__
+
+
+def outputs(module: nn.Module, example: tuple[Tensor, ...]) -> list[Tensor]:
+    """All outputs of a module, flat."""
+    with torch.no_grad():
+        return list(tree_leaves(module(*example)))
+
+
+def prove(gm: fx.GraphModule, source: Source, example: tuple[Tensor, ...], what: str = "the example") -> None:
+    """ModelError unless the graph computes what the file does, up to 1e-5 of the largest output."""
+    compare(source.run(example), outputs(gm, example), source, what)
+
+
+def compare(expected: list[Tensor], actual: list[Tensor], source: Source, what: str) -> None:
+    """ModelError unless these outputs agree, up to 1e-5 of the largest."""
+    worst, name = 0.0, ""
+    for e, a, output in zip(expected, actual, source.graph.outputs, strict=True):
+        off = difference(e, a)
+        if off > worst:
+            worst, name = off, output
+    if worst > TOLERANCE:
+        raise ModelError(
+            f"{source.path}: what was read differs from ONNX Runtime's result on {what} by {worst:.1e} at output "
+            f"{name!r:.80} (relative; expected at most {TOLERANCE:.0e}): the two understand an operator differently; "
+            "please report it, and export the model another way"
+        )
