@@ -1,0 +1,121 @@
+"""torch.export of a program's module: the inputs it is traced with, which of their sizes stay free, and silence."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from fewbit.errors import TargetError
+from fewbit.model.program import Program
+from fewbit.model.torch_export import first_line, without_fast_path
+
+BATCH = 16  # of the inputs that a program is traced with: torch takes smaller ones for a reason to choose other kernels
+_SIZES = (16, 32, 64, 128, 224, 8, 4)
+
+Shapes = list[tuple[int | None, ...]]
+
+
+def fixed_sizes(program: Program, metadata: dict[str, str]) -> Shapes:
+    """The input shapes with all sizes but the first fixed, where ``metadata`` tells the example's."""
+    facts = json.loads(metadata.get("fewbit", "{}"))
+    example = facts.get("input_shapes")
+    if not example:
+        return program.input_shapes
+    return [
+        tuple(
+            size if size is None and i == 0 else given
+            for i, (size, given) in enumerate(zip(shape, sizes, strict=True))
+        )
+        for shape, sizes in zip(program.input_shapes, example, strict=True)
+    ]
+
+
+def sample(program: Program, shapes: Shapes, module: nn.Module) -> tuple[Tensor, ...]:
+    """Inputs (seeded) that the module runs on, whatever sizes its free dimensions want."""
+    error: Exception | None = None
+    for size in _SIZES:
+        inputs = _inputs(program, shapes, size)
+        try:
+            with torch.no_grad():
+                module(*inputs)
+        except (RuntimeError, ValueError, IndexError) as found:
+            error = error or found
+            continue
+        return inputs
+    assert error is not None
+    raise TargetError(
+        f"no input size was found that the model runs on ({first_line(error)}); fix its input sizes"
+    )
+
+
+def _inputs(program: Program, shapes: Shapes, size: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for shape, dtype in zip(shapes, program.input_dtypes, strict=True):
+        sizes = [(BATCH if i == 0 else size) if s is None else s for i, s in enumerate(shape)]
+        if dtype.startswith("float"):
+            found.append(torch.randn(sizes, generator=generator))
+        else:
+            found.append(torch.zeros(sizes, dtype=getattr(torch, dtype)))
+    return tuple(found)
+
+
+def exported(
+    module: nn.Module, inputs: tuple[Tensor, ...], shapes: Shapes, largest: int | None = None
+) -> ExportedProgram:
+    """The module's graph; sizes that ``shapes`` leaves open stay free, the first one up to ``largest``."""
+    free = [
+        {
+            i: Dim.AUTO(min=1, max=largest) if i == 0 and largest else Dim.AUTO
+            for i, s in enumerate(shape)
+            if s is None
+        }
+        for shape in shapes
+    ]
+    try:
+        with quiet(), without_fast_path(), torch.no_grad():
+            return torch.export.export(module, inputs, dynamic_shapes=(tuple(free),) if any(free) else None)
+    except Exception as error:
+        raise TargetError(f"torch.export cannot trace the quantized model ({first_line(error)})") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings and no log lines of the tools: none is about the user's model."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def mute() -> Iterator[None]:
+    """Nothing on standard error either: C++ libraries write there when they start."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        with quiet():
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def run(function: Any, *arguments: Any) -> Any:
+    """A tool called in silence, without gradients."""
+    with quiet(), torch.no_grad():
+        return function(*arguments)

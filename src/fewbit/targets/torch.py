@@ -1,0 +1,128 @@
+"""PyTorch itself: a ``.pt2`` archive of the Q/DQ graph, compiled by torch's inductor into oneDNN's integer kernels.
+
+Anybody can load such a file with ``torch.export.load`` and compile it with ``torch.compile(dynamic=False)`` under
+``torch._inductor.config.patch(freezing=True)`` and ``torch.no_grad()``. fewbit rebuilds the same graph from the program
+in the archive instead, because loading a ``.pt2`` file runs what it says.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewbit.model.program import Program
+from fewbit.plan import Row
+from fewbit.targets import Kernel, Runner
+from fewbit.targets._pt2e import archive, inductor
+from fewbit.targets._pt2e.dynamic import per_tensor
+from fewbit.targets._pt2e.export import exported, sample
+from fewbit.targets._pt2e.module import QdqModule
+from fewbit.targets._saturation import portable_bounds
+
+SUFFIX = ".pt2"
+REQUANTIZATION = "f32_even"
+TOLERANCE = 0
+describe = archive.read
+
+
+def runtime() -> str:
+    """torch and its compiler; part of every installation."""
+    return f"PyTorch {torch.__version__} (inductor, oneDNN)"
+
+
+def adapt(row: Row) -> Row:
+    """Signed activations become unsigned of the same width: as many levels, and what oneDNN multiplies fastest."""
+    scheme = row.scheme
+    if (
+        scheme is None
+        or row.kind == "weight"
+        or not scheme.spec.integer
+        or scheme.dynamic
+        or scheme.qmin >= 0
+    ):
+        return row
+    unsigned = dataclasses.replace(scheme, format=f"u{scheme.format}", narrow=False)
+    return dataclasses.replace(
+        row, scheme=unsigned, because=f"{row.because}; unsigned, as oneDNN's kernels want it"
+    )
+
+
+def check(row: Row) -> str | None:
+    """None where torch's integer kernels can run the row, else why not and what to do."""
+    scheme = row.scheme
+    if scheme is not None and row.kind != "weight" and (not scheme.spec.integer or scheme.spec.bits > 8):
+        return f"{scheme.format} activations have no integer kernel; use 8 bits or fewer, or keep the layer float"
+    return None
+
+
+def prepare(program: Program) -> Program:
+    """As it is: oneDNN takes uint8 activations and int8 weights, as the lowering gives them."""
+    return program
+
+
+def write(program: Program, path: Path, metadata: dict[str, str]) -> None:
+    """Write the program as a torch.export archive; all sizes stay free that the program leaves open."""
+    module = QdqModule(program, per_tensor)
+    inputs = sample(program, program.input_shapes, module)
+    archive.write(exported(module, inputs, program.input_shapes), module, inputs, path, metadata)
+
+
+def open(path: Path) -> Runner:
+    """The file compiled for each size of input that it is given (seconds, the first time), on one thread."""
+    return _runner(_program(path))
+
+
+open_exact = open
+
+
+def probe(path: Path, inputs: tuple[Tensor, ...], codes: dict[str, str]) -> dict[str, Tensor]:
+    """The codes (int32) inside the compiled graph, compiled once more so that it gives them too."""
+    program = _program(path)
+    names = [name for name in archive.visible(program) if name in codes]
+    values = _runner(program, names)(*inputs)[len(program.output_names()) :]
+    return {name: value.to(torch.int32) for name, value in zip(names, values, strict=True)}
+
+
+def coverage(path: Path, program: Program, codes: dict[str, str]) -> list[Kernel]:
+    """Which layers oneDNN multiplies as integers, read from the compiler's own graph."""
+    module = QdqModule(program, per_tensor)
+    inputs = sample(program, program.input_shapes, module)
+    return inductor.kernels(program, inductor.products(module, inputs))
+
+
+def _program(path: Path) -> Program:
+    program = archive.read(path).program
+    assert program is not None
+    return program
+
+
+def _runner(program: Program, codes: list[str] | None = None) -> Runner:
+    module = QdqModule(program, per_tensor, codes or ())
+    functions: dict[tuple[torch.Size, ...], inductor.Compiled] = {}
+
+    def answer(*inputs: Tensor) -> list[Tensor]:
+        sizes = tuple(x.shape for x in inputs)
+        if sizes not in functions:
+            functions[sizes] = inductor.compiled(module, inputs)
+        return functions[sizes](*inputs)
+
+    return answer
+
+
+__all__ = [
+    "REQUANTIZATION",
+    "SUFFIX",
+    "TOLERANCE",
+    "adapt",
+    "check",
+    "coverage",
+    "describe",
+    "open",
+    "open_exact",
+    "portable_bounds",
+    "prepare",
+    "probe",
+    "runtime",
+    "write",
+]
