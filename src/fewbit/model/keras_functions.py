@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fewbit.errors import ModelError
-from fewbit.model.keras_layout import Assembly, Value, channels_second
+from fewbit.model.keras_layout import Assembly, Value, channels_second, clean
 from fewbit.model.keras_weights import parameters, tensor
 
 Elementwise = Callable[[Tensor], Tensor]
@@ -79,6 +79,8 @@ def activate(b: Assembly, function: Any, path: str, x: Value) -> Value:
     """``x`` through a layer's ``activation`` argument: a function of Keras, or a layer."""
     if function is None or name_of(function) == "linear":
         return x
+    if hasattr(function, "get_config"):  # a layer as an argument
+        return b.call(function, f"{path}.{clean(function.name)}", [x], {})[0]
     name = name_of(function)
     if not name:
         raise ModelError(

@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 
+from fewbit.model import keras_attention as attention
 from fewbit.model import keras_convolutions as convolutions
 from fewbit.model import keras_functions as functions
 from fewbit.model import keras_merging as merging
 from fewbit.model import keras_normalizations as normalizations
+from fewbit.model import keras_recurrent as recurrent
 from fewbit.model import keras_shapes as shapes
 
 Rule = Callable[..., Any]
+
+NOTHING = ("GaussianNoise", "GaussianDropout", "ActivityRegularization", "Identity")
+AUGMENTATION = tuple(f"Random{what}" for what in ("Flip", "Rotation", "Translation", "Zoom", "Shear", "Contrast", "Hue",
+                                                  "Brightness", "Saturation", "Grayscale", "Sharpness"))  # fmt: skip
 
 LAYERS: dict[str, Rule] = {
     "Dense": convolutions.dense,
@@ -47,8 +53,13 @@ LAYERS: dict[str, Rule] = {
     "Dropout": shapes.dropout,
     **dict.fromkeys([f"SpatialDropout{dims}D" for dims in (1, 2, 3)], shapes.spatial_dropout),
     "AlphaDropout": shapes.alpha_dropout,
-    **dict.fromkeys(["GaussianNoise", "GaussianDropout", "ActivityRegularization", "Identity"], shapes.nothing),
+    **dict.fromkeys([*NOTHING, *AUGMENTATION], shapes.nothing),
     "Embedding": shapes.embedding,
+    **dict.fromkeys(["LSTM", "GRU", "SimpleRNN"], recurrent.recurrent),
+    "Bidirectional": recurrent.bidirectional,
+    "TimeDistributed": recurrent.time_distributed,
+    "MultiHeadAttention": attention.multi_head_attention,
+    "Attention": attention.attention,
     "Add": merging.merge(torch.add),
     "Subtract": merging.merge(torch.sub),
     "Multiply": merging.merge(torch.mul),

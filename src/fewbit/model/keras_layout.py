@@ -20,13 +20,10 @@ Order = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the twin. ``order[i]`` is the Keras axis that is stored as dimension ``i``; ``mask`` names the
-    layer whose mask Keras would carry along.
-    """
+    """A tensor of the twin. ``order[i]`` is the Keras axis that is stored as dimension ``i``."""
 
     node: fx.Node
     order: Order
-    mask: str | None = None
 
     @property
     def rank(self) -> int:
@@ -52,7 +49,7 @@ class Value:
 
     def same(self, node: fx.Node) -> Value:
         """Another tensor with the same axes."""
-        return Value(node, self.order, self.mask)
+        return Value(node, self.order)
 
 
 def identity(rank: int) -> Order:
@@ -86,9 +83,22 @@ class Assembly:
     free_sizes: bool = False  # whether the model leaves more than the batch size open
     backend: str = "torch"  # the one that Keras itself runs on
     reserved: set[str] = field(default_factory=set)  # the names of layers, whenever their turn comes
+    call: Callable[..., list[Value]] = field(init=False)  # builds a layer inside another one
+    _paths: dict[int, str] = field(default_factory=dict)
     _layers: dict[str, Any] = field(default_factory=dict)
     _converted: dict[tuple[fx.Node, Order], fx.Node] = field(default_factory=dict)
     _fake: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+
+    def path(self, layer: Any, prefix: str) -> str:
+        """The dotted name of a layer in the twin: its own name in Keras, if no other layer has that already."""
+        if id(layer) not in self._paths:
+            stem, taken, count = clean(layer.name), set(self._paths.values()), 0
+            path = f"{prefix}{stem}"
+            while path in taken:
+                count += 1
+                path = f"{prefix}{stem}_{count}"
+            self._paths[id(layer)] = path
+        return self._paths[id(layer)]
 
     def input(self, name: str, example: Tensor) -> Value:
         node = self.graph.placeholder(re.sub(r"\W", "_", name))
@@ -124,15 +134,15 @@ class Assembly:
         """The value with its axes in another order: a permutation, or a reshape where no number moves."""
         if value.order == order:
             return value
-        key = (value.node, order)
+        dims = tuple(value.dim(axis) for axis in order)
+        key = (value.node, dims)
         if key not in self._converted:
-            dims = [value.dim(axis) for axis in order]
             if not self.free_sizes and moves_nothing(value.stored, dims):
                 node = self.reshape(path, value.node, tuple(value.stored[d] for d in dims))
             else:
                 node = self.function(f"{path}.permute", torch.permute, value.node, dims)
             self._converted[key] = node
-        return Value(self._converted[key], order, value.mask)
+        return Value(self._converted[key], order)
 
     def as_keras(self, value: Value, path: str) -> Value:
         """The value with its axes where Keras has them."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fewbit.errors import ModelError
 from fewbit.model.keras_convolutions import channel_axis, crop
-from fewbit.model.keras_layout import Assembly, Order, Value, channels_second, identity, moves_nothing
+from fewbit.model.keras_layout import Assembly, Value, channels_second, identity, moves_nothing
+from fewbit.model.keras_weights import parameters
 
 
 def flatten(b: Assembly, layer: Any, path: str, x: Value) -> Value:
@@ -141,15 +142,10 @@ def nothing(b: Assembly, layer: Any, path: str, x: Value) -> Value:
 
 def embedding(b: Assembly, layer: Any, path: str, x: Value) -> Value:
     """Rows of a table."""
-    from fewbit.model.keras_weights import parameters
-
-    if layer.mask_zero:
-        x = Value(x.node, x.order, path)
     x = b.as_keras(x, path)
     node = x.node
     if node.meta["val"].is_floating_point():
         node = b.function(f"{path}.to", torch.Tensor.to, node, torch.int32)
     made = nn.Embedding(layer.input_dim, layer.output_dim)
     node = b.module(path, lambda: parameters(made, layer, weight=layer.embeddings), node)
-    order: Order = identity(x.rank + 1)
-    return Value(node, order, x.mask)
+    return Value(node, identity(x.rank + 1))

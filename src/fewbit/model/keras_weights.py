@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 
 def tensor(variable: Any) -> Tensor:
     """A copy of a Keras variable's value (or of any array), on the CPU, floating ones in float32."""
-    from keras import ops
+    value = getattr(variable, "value", variable)
+    if not isinstance(value, Tensor):
+        from keras import ops
 
-    value = torch.from_numpy(ops.convert_to_numpy(getattr(variable, "value", variable)).copy())
+        value = torch.from_numpy(np.asarray(ops.convert_to_numpy(value)))
+    value = value.detach().cpu().clone()
     return value.float() if value.is_floating_point() else value
 
 

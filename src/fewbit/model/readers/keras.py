@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from fewbit.errors import ModelError
-from fewbit.extras import require
 from fewbit.model import keras_example
-from fewbit.model.keras_model import build, outputs_of
+from fewbit.model.keras_loading import keras_package, load, untouched
+from fewbit.model.keras_model import build, check, outputs_of
 from fewbit.model.readers.torch import read
 from fewbit.model.torch_export import as_example
 from fewbit.model.torch_proof import TOLERANCE, difference
@@ -22,11 +21,23 @@ SUFFIXES = (".keras", ".h5")
 
 
 def read_file(path: Path, *, example: Any = None) -> fx.GraphModule:
-    """The standard form of a ``.keras`` or ``.h5`` file of Keras 2 or 3."""
-    keras = _keras("reading Keras files")
-    model = keras.saving.load_model(path, compile=False, safe_mode=True)
+    """The standard form of a ``.keras`` or ``.h5`` file of Keras 2 or 3; ``example`` as for ``read_model``.
+
+    Nothing that the file says is run: lambdas and classes that nobody registered are refused before Keras sees them.
+    Raises ModelError for layers that cannot be read, all of them at once, and ArtifactError for a damaged file.
+    """
+    path = Path(path)
+    notes: list[str] = []
+    model, version = load(path, notes)
     gm = read_model(model, example)
-    gm.meta["source"] = f"Keras file {path.name}"
+    gm.meta["notes"] = [*notes, *gm.meta["notes"]]
+    if version.startswith("2") and any(
+        "hardsigmoid" in str(n.target) or "hardswish" in str(n.target) for n in gm.graph.nodes
+    ):
+        gm.meta["notes"].append(
+            "Keras 3 computes hard_sigmoid by another slope than Keras 2, which wrote the file"
+        )
+    gm.meta["source"] = f"Keras {version} file {path.name}"
     return gm
 
 
@@ -37,24 +48,42 @@ def is_keras_model(model: object) -> bool:
 
 
 def read_model(model: Any, example: Any = None) -> fx.GraphModule:
-    """The standard form of a live ``keras.Model``, which is left as it is. ``example``: one input or a tuple."""
-    keras = _keras("reading Keras models")
+    """The standard form of a live ``keras.Model``, which is left as it is.
+
+    ``example``: a tensor, or a tuple of them in the order of ``model.inputs``, by default random numbers of the shapes
+    that the model declares. The graph takes what the model takes, channels last if those are; ``gm.meta["example"]`` is
+    the example, ``gm.meta["source"]`` says where the graph comes from. Several outputs are a tuple, in the order of
+    ``model.outputs``. Raises ModelError where the graph would not compute what Keras does.
+    """
+    keras = keras_package("reading Keras models")
+    if not isinstance(model, keras.Model):
+        raise ModelError(
+            f"the model is a {type(model).__module__} {type(model).__name__}: expected one of Keras 3"
+        )
+    check(model, f"the Keras model {model.name!r}")
     inputs = keras_example.draw(model) if example is None else as_example(example)
+    _check_example(model, inputs)
     notes: list[str] = []
-    twin = build(model, inputs, notes)
-    gm = read(twin, inputs, dynamic_shapes=_dynamic(model))
-    _prove(gm, model, inputs)
+    with untouched():
+        gm = read(build(model, inputs, notes), inputs, dynamic_shapes=_dynamic(model))
+        _prove(gm, model, inputs)
     gm.meta["notes"] = [*notes, *gm.meta["notes"]]
     gm.meta["example"] = inputs
     gm.meta["source"] = f"Keras {keras.__version__} model {model.name}"
     return gm
 
 
-def _keras(purpose: str) -> Any:
-    """Keras, on PyTorch unless it is there already on something else."""
-    if "keras" not in sys.modules:
-        os.environ.setdefault("KERAS_BACKEND", "torch")
-    return require("keras", "keras", purpose)
+def _check_example(model: Any, example: tuple[Tensor, ...]) -> None:
+    shapes = [tuple(t.shape) for t in model.inputs]
+    given = [tuple(t.shape) for t in example]
+    fits = len(shapes) == len(given) and all(
+        len(s) == len(g) and all(a in (None, b) for a, b in zip(s, g, strict=True))
+        for s, g in zip(shapes, given, strict=True)
+    )
+    if not fits:
+        raise ModelError(
+            f"the example has the shapes {given}: expected {shapes}, one tensor for each of the model's inputs"
+        )
 
 
 def _dynamic(model: Any) -> tuple[dict[int, Any], ...]:
@@ -71,8 +100,6 @@ def _dynamic(model: Any) -> tuple[dict[int, Any], ...]:
 
 def _prove(gm: fx.GraphModule, model: Any, example: tuple[Tensor, ...]) -> None:
     """ModelError unless the graph computes what Keras does on the example, within 1e-5 of the largest output."""
-    from torch.utils._pytree import tree_leaves
-
     expected = outputs_of(model, example)
     with torch.no_grad():
         actual = tree_leaves(gm(*example))
