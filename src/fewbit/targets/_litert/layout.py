@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fewbit.errors import TargetError
-from fewbit.model.program import Coding, Op, Program
+from fewbit.model.program import Coding, Op, Program, aten
 from fewbit.targets._litert.shapes import Sizes
 
 Order = tuple[int, ...]
@@ -40,6 +40,7 @@ class Layout:
         self.ops: list[Op] = []
         self.codings: dict[str, Coding] = {}
         self.users: dict[str, list[Op]] = {}
+        self.constants: dict[str, Tensor] = {}
         self._made: dict[tuple[str, Any], str] = {}
 
     def run(self) -> Program:
@@ -110,13 +111,29 @@ class Layout:
     def emit_shares(
         self, target: str, stored: str, args: list[Any], name: str, shape: tuple[int | None, ...], op: Op | None = None,
     ) -> str:  # fmt: skip
-        """An operation that moves the codes (or floats) of one stored tensor."""
+        """An operation that moves the codes (or floats) of one stored tensor; those of a constant are moved now."""
+        if stored in self.constants:
+            return self._moved(target, stored, args, name, shape)
         attrs = {"target": target, "args": [{"$": 0}, *args], "kwargs": {}}
         coding = self.codings.get(stored)
         layer, node = (op.layer, op.node) if op else ("", name)
         new = Op(target, "float" if coding is None else "shares", layer, node, [stored], name, attrs)
         self.ops.append(new)
         self.stored[name] = shape
+        if coding is not None:
+            self.codings[name] = coding
+        return name
+
+    def _moved(
+        self, target: str, stored: str, args: list[Any], name: str, shape: tuple[int | None, ...]
+    ) -> str:
+        value = aten(target)(self.constants[stored], *args).contiguous()
+        coding = self.codings.get(stored)
+        constant = Op(
+            "constant", "float" if coding is None else "boundary", "", name, [], name, {}, {"value": value}
+        )
+        self.ops.append(constant)
+        self.constants[name], self.stored[name] = value, shape
         if coding is not None:
             self.codings[name] = coding
         return name

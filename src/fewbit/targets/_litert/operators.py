@@ -8,6 +8,8 @@ import numpy as np
 from fewbit.errors import TargetError
 from fewbit.model.program import Op
 from fewbit.targets._litert.codes import NATIVE, activation, bound_codes
+from fewbit.targets._litert.floats_layers import LAYERS
+from fewbit.targets._litert.floats_writers import FLOAT_OPERATORS
 from fewbit.targets._litert.writer import Writer, array
 
 Write = Callable[[Writer, Op], None]
@@ -219,6 +221,8 @@ def _nearest(w: Writer, op: Op) -> None:
 
 
 OPERATORS: dict[str, Write] = {
+    **FLOAT_OPERATORS,
+    **LAYERS,
     "quantize": simple("QUANTIZE", "QuantizeOptions", 1),
     "dequantize": simple("DEQUANTIZE", "DequantizeOptions", 2),
     "requantize": simple("QUANTIZE", "QuantizeOptions", 2),

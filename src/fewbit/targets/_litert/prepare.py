@@ -5,12 +5,14 @@ import dataclasses
 from fewbit.model.program import Op, Program
 from fewbit.model.signed import signed
 from fewbit.targets._litert.codes import legalize
+from fewbit.targets._litert.floats import expanded
 from fewbit.targets._litert.layout import FixedBatch, Layout
 from fewbit.targets._litert.moves import MOVES
 from fewbit.targets._litert.rules import RULES
+from fewbit.targets._litert.rules_floats import FLOAT_RULES
 from fewbit.targets._litert.shapes import sizes
 
-ALL_RULES = RULES | MOVES
+ALL_RULES = RULES | MOVES | FLOAT_RULES
 
 
 def prepare(program: Program) -> Program:
@@ -28,6 +30,7 @@ def prepare(program: Program) -> Program:
 
 def _laid_out(program: Program, free_batch: bool) -> Program:
     own = dataclasses.replace(program, ops=[dataclasses.replace(op) for op in program.ops])
+    own = expanded(own, sizes(own, free_batch), free_batch)
     found = sizes(own, free_batch)
     layout = Layout(own, found, ALL_RULES)
     result = layout.run()
@@ -46,7 +49,12 @@ def _padding_joined(program: Program) -> Program:
     ops = []
     for op in program.ops:
         readers = users.get(op.output, [])
-        if op.kind == "pad" and op.output not in program.output_names() and _zeros_for_one(op, readers):
+        if (
+            op.kind == "pad"
+            and op.domain == "integer"
+            and op.output not in program.output_names()
+            and _zeros_for_one(op, readers)
+        ):
             joined[op.output] = op
             continue
         pad = joined.get(op.inputs[0]) if op.inputs else None

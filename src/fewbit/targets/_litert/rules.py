@@ -30,14 +30,16 @@ def identity(layout: Layout, name: str) -> Order:
 
 def _constant(layout: Layout, op: Op) -> None:
     layout.emit(op, [], identity(layout, op.output))
+    layout.constants[op.output] = constant(op, "value")
 
 
 def binary(layout: Layout, op: Op) -> None:
     """Two inputs that broadcast: both in the order of the first one that was computed."""
     rank = layout.rank(op.output)
-    constants = {o.output for o in layout.program.ops if o.kind == "constant"}
     full = [n for n in op.inputs if layout.rank(n) == rank]
-    order = next((layout.order(n) for n in full if n not in constants), None) or identity(layout, op.output)
+    order = next(
+        (layout.order(n) for n in full if layout.where[n][0] not in layout.constants), None
+    ) or identity(layout, op.output)
     layout.emit(op, [widened(layout, n, order) for n in op.inputs], order)
 
 
@@ -194,12 +196,20 @@ def _padded(layout: Layout, op: Op, source: str, pad: list[int], value: float) -
     coding = layout.codings.get(source)
     name = f"{op.output}_padded"
     attrs: dict[str, Any] = {"pad": pad, "value": value, "layout": "NHWC"}
+    if coding is None:
+        attrs = pad_attrs([0, 0, *pad], value)
     domain = "integer" if coding else "float"
     layout.ops.append(Op("pad", domain, op.layer, f"{op.node}_pad", [source], name, attrs))
     layout.stored[name] = shape
     if coding:
         layout.codings[name] = coding
     return name
+
+
+def pad_attrs(pad: list[int], value: float, mode: str = "constant") -> dict[str, Any]:
+    """A padding of floats, amounts from the last stored axis on."""
+    number: Any = {"float": str(value)} if abs(value) == float("inf") else value
+    return {"target": "aten.pad.default", "args": [{"$": 0}, pad, mode, number], "kwargs": {}}
 
 
 def _list(value: Any, n: int) -> list[int]:

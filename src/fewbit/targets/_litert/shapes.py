@@ -15,12 +15,14 @@ _UNKNOWN = 16  # a free size other than the batch, where the program does not sa
 
 @dataclass(frozen=True)
 class Sizes:
-    """``shape`` of each tensor at batch 1; ``free``: its axes that grow with the batch; ``number``: plain integers."""
+    """``shape`` of each tensor at batch 1; ``free``: its axes that grow with the batch; ``number``: plain integers,
+    ``moving``: those that are others in another batch."""
 
     shape: dict[str, tuple[int, ...]]
     free: dict[str, frozenset[int]]
     dtype: dict[str, str]
     number: dict[str, int]
+    moving: frozenset[str] = frozenset()
 
     def signature(self, name: str) -> tuple[int | None, ...]:
         """The shape with None for axes that grow with the batch."""
@@ -56,7 +58,8 @@ def sizes(program: Program, free_batch: bool = True) -> Sizes:
             dtype[name] = str(value.dtype).removeprefix("torch.")
         elif isinstance(value, int):
             number[name] = value
-    return Sizes(shape, free, dtype, number)
+    moving = frozenset(name for name in number if two[name] != number[name])
+    return Sizes(shape, free, dtype, number, moving)
 
 
 def _run(program: Program, batch: int) -> dict[str, Any]:

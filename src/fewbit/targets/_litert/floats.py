@@ -1,0 +1,17 @@
+"""Float operations in the form in which LiteRT has an operator for each."""
+
+from fewbit.model.program import Program
+from fewbit.targets._litert.expand import Expand, Expansion
+from fewbit.targets._litert.floats_functions import FUNCTIONS
+from fewbit.targets._litert.floats_products import PRODUCTS
+from fewbit.targets._litert.floats_reductions import REDUCTIONS
+from fewbit.targets._litert.floats_shapes import SHAPES
+from fewbit.targets._litert.floats_windows import WINDOWS
+from fewbit.targets._litert.shapes import Sizes
+
+EXPANSIONS: dict[str, Expand] = FUNCTIONS | REDUCTIONS | PRODUCTS | WINDOWS | SHAPES
+
+
+def expanded(program: Program, sizes: Sizes, free_batch: bool) -> Program:
+    """The program with float operations that are one operator each, and with numbers in place of sizes."""
+    return Expansion(program, sizes, free_batch, EXPANSIONS).run()

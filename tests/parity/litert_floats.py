@@ -1,0 +1,100 @@
+"""The real path of a float model into LiteRT: read, lower, prepare, write, run with both kinds of kernels, compare."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fewbit.model.lowering import lower
+from fewbit.model.program import Program
+from fewbit.model.readers.torch import read
+from fewbit.model.reference import Reference
+from fewbit.model.simulate import QuantizedModel
+from fewbit.plan.plan import Plan
+from fewbit.targets._litert.prepare import prepare
+from fewbit.targets._litert.runtime import Session
+from fewbit.targets._litert.writer import Writer
+
+
+def lowered(module: nn.Module, *inputs: Tensor) -> Program:
+    """The program of a float model; every size but the first of each input is fixed."""
+    free = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+    return lower(
+        QuantizedModel(read(module.eval(), inputs, dynamic_shapes=free), Plan(()), {}, frozenset(), inputs)
+    )
+
+
+def file(program: Program) -> bytes:
+    return Writer(program).file({})
+
+
+def answers(content: bytes, *inputs: Tensor, reference: bool = False) -> list[Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.tflite"
+        path.write_bytes(content)
+        return Session(path, reference)(*inputs)
+
+
+def longer(x: Tensor) -> Tensor:
+    """The same samples, backwards, and one more: another batch size, other numbers."""
+    return torch.cat([x.flip(0), x[:1]])
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, by the largest expected magnitude."""
+    assert found.shape == expected.shape, f"shape {tuple(found.shape)}, torch has {tuple(expected.shape)}"
+    finite = torch.isfinite(expected.double())
+    assert torch.equal(found[~finite], expected[~finite].to(found.dtype)) or bool(
+        torch.isnan(expected[~finite]).all()
+    )
+    if not bool(finite.any()):
+        return 0.0
+    difference = (found.double() - expected.double())[finite].abs().max()
+    return float(difference / expected.double()[finite].abs().max().clamp_min(1e-6))
+
+
+def check(module: nn.Module, *inputs: Tensor, tolerance: float = 1e-4) -> tuple[Program, bytes]:
+    """LiteRT must answer as torch does, with its reference kernels and its own, for two batch sizes."""
+    program = lowered(module, *inputs)
+    prepared = prepare(program)
+    content = file(prepared)
+    for given in (inputs, tuple(longer(x) for x in inputs)):
+        with torch.no_grad():
+            expected = [t for t in pytree.tree_leaves(module(*given)) if isinstance(t, Tensor)]
+        if prepared.input_shapes[0][0] is None:
+            results = [pytree.tree_leaves(Reference(prepared)(*given))]
+        else:
+            results = []
+        results += [answers(content, *given, reference=r) for r in (False, True)]
+        for kind, result in zip(
+            ("reference", "own kernels", "reference kernels")[-len(results) :], results, strict=True
+        ):
+            assert len(result) == len(expected)
+            for i, (f, e) in enumerate(zip(result, expected, strict=True)):
+                wrong = error(f, e)
+                assert wrong <= tolerance, f"{kind}, output {i}: off by {wrong:.2g}"
+    return prepared, content
+
+
+class Apply(nn.Module):
+    """A model that is one function of its inputs."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+class Two(Apply):
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return self.function(x, y)
+
+
+class Three(Apply):
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Any:
+        return self.function(x, y, z)
