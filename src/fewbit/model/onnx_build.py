@@ -96,11 +96,17 @@ class Builder:
         while candidate in taken:
             candidate = f"{made}_{len(taken)}"
         node = self.graph.placeholder(candidate)
-        self.values[name] = Value(node, self.mode.fromtensor_of(example))
+        self.values[name] = Value(node, self.mode.from_tensor(example))
 
     def network(self, outputs: list[str]) -> Network:
         """The finished module; one output alone is returned as it is, several as a tuple."""
-        nodes = [self.node_of(self.values[name]) for name in outputs]
+        results = [self.values[name] for name in outputs]
+        sized = [isinstance(r, Value) and r.is_size for r in results]
+        results = [
+            self.call("sizes", onnx_sizes.tensor_of, [r], 0) if s else r
+            for r, s in zip(results, sized, strict=True)
+        ]
+        nodes = [self.node_of(r) for r in results]
         self.graph.output(nodes[0] if len(nodes) == 1 else tuple(nodes))
         made = Network(self.root, self.graph, "Network")
         made.graph.eliminate_dead_code()

@@ -277,7 +277,26 @@ def _dropout(c: Call) -> Any:
     return c.layer(nn.Dropout, [c[0]], {}, p=probability)
 
 
+def _response_norm(c: Call) -> Any:
+    size = int(c.attr("size", 0))
+    if size % 2 != 1:
+        raise c.error(f"size {size}: expected an odd number of channels")
+    settings = {"alpha": float(c.attr("alpha", 1e-4)), "beta": float(c.attr("beta", 0.75))}
+    return c.apply(F.local_response_norm, c[0], size=size, k=float(c.attr("bias", 1.0)), **settings)
+
+
+def _norm(c: Call) -> Any:
+    return c.apply(_normalized, c[0], dim=int(c.attr("axis", -1)), p=int(c.attr("p", 2)))
+
+
+def _normalized(x: Tensor, *, dim: int, p: int) -> Tensor:
+    size = torch.sqrt(torch.sum(x * x, dim, True)) if p == 2 else torch.sum(torch.abs(x), dim, True)
+    return x / size
+
+
 RULES: dict[str, Rule] = {
+    "LRN": _response_norm,
+    "LpNormalization": _norm,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
     "MatMul": _matmul,

@@ -63,7 +63,7 @@ def _read(array: Any) -> Tensor:
     if not isinstance(array, np.ndarray):
         raise ModelError("the file's output is no tensor: expected tensors only")
     wide = array.astype(np.float32) if array.dtype.kind == "f" else array
-    return torch.from_numpy(np.ascontiguousarray(wide))
+    return torch.from_numpy(np.array(wide, order="C"))
 
 
 def _line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,17 +29,18 @@ class Places:
     rounding: str
 
     def source(self, at: int, size: int, out: int, scale: float) -> float:
-        """The place in an axis of `size` that place `at` of `out` shows."""
+        """The place in an axis of `size` that place `at` of `out` shows, in float32 as runtimes compute it."""
+        one = np.float32
         if self.coordinates == "align_corners":
-            return at * (size - 1) / (out - 1) if out > 1 else 0.0
+            return float(one(at) * one(size - 1) / one(out - 1)) if out > 1 else 0.0
         if self.coordinates == "asymmetric":
-            return at / scale
+            return float(one(at) / one(scale))
         if self.coordinates == "pytorch_half_pixel" and out == 1:
             return 0.0
         if self.coordinates == "half_pixel_symmetric":
-            middle = size / 2 * (1 - out / (scale * size))
-            return middle + (at + 0.5) / scale - 0.5
-        return (at + 0.5) / scale - 0.5
+            middle = one(size / 2) * (one(1) - one(out) / (one(scale) * one(size)))
+            return float(middle + one(at + 0.5) / one(scale) - one(0.5))
+        return float(one(at + 0.5) / one(scale) - one(0.5))
 
     def nearest(self, size: int, out: int, scale: float) -> list[int]:
         """The index of the source for each place of the result."""

@@ -36,10 +36,14 @@ def torch_dtype(c: Call, number: int) -> torch.dtype:
 
 
 def _shape(c: Call) -> Any:
+    if c.is_size(0):
+        return Constant(np.array(c.shape(0), np.int64)[c.attr("start", 0) : c.attr("end")], "")
     return c.apply(onnx_sizes.shape_of, c.raw(0), start=c.attr("start", 0), end=c.attr("end"))
 
 
 def _size(c: Call) -> Any:
+    if c.is_size(0):
+        return Constant(np.array(math.prod(c.shape(0)), np.int64), "")
     return c.apply(onnx_sizes.count_of, c.raw(0))
 
 
