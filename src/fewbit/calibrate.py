@@ -15,7 +15,6 @@ from torch.fx import GraphModule, Interpreter, Node
 from fewbit.checkpoint import Checkpoint
 from fewbit.data import Batches
 from fewbit.errors import CalibrationError, FewbitError
-from fewbit.model.integer_forms import FIXED_UNIT
 from fewbit.model.simulate import FakeQuantize, QuantizedModel
 from fewbit.model.sites import Placement, display_name
 from fewbit.numerics.scheme import Scheme, qparams
@@ -195,10 +194,11 @@ def site_name(node: Node, placement: Placement) -> str:
 
 
 def fixed_coding(scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of an output in [0, 1] (sigmoid)."""
-    if scheme.qmin < 0:
+    """Scale and zero point of an output in [0, 1] (sigmoid, softmax): the lowest code is 0, one more than all is 1."""
+    if scheme.qmin < 0 and scheme.symmetric:
         return torch.tensor([1.0 / scheme.qmax]), torch.zeros(1, dtype=torch.int32)
-    return torch.tensor([FIXED_UNIT * 256 / (scheme.qmax + 1)]), torch.zeros(1, dtype=torch.int32)
+    levels = int(scheme.qmax) - int(scheme.qmin) + 1
+    return torch.tensor([1.0 / levels]), torch.tensor([int(scheme.qmin)], dtype=torch.int32)
 
 
 def clipped(model: QuantizedModel, batches: Batches) -> dict[str, float]:
