@@ -17,7 +17,10 @@ app = typer.Typer(
 )
 
 MODEL = Annotated[
-    str, typer.Argument(help="`module:factory` that gives an nn.Module, or a saved fewbit folder.")
+    str,
+    typer.Argument(
+        help="A .keras, .h5 or .onnx file, `module:factory` that gives an nn.Module, or a saved folder."
+    ),
 ]
 WEIGHTS = Annotated[Path | None, typer.Option(help="safetensors file with the factory's weights.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

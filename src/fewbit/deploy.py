@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.fx import GraphModule
 
 from fewbit.errors import ArtifactError, FewbitError, ModelError, TargetError
 from fewbit.evaluation.latency import Latency, latency, ratio
 from fewbit.gate import Verification, check_file, refuse_if_wrong
 from fewbit.model.lowering import lower
 from fewbit.model.program import Program
+from fewbit.model.readers import as_module
 from fewbit.model.readers.torch import read
 from fewbit.model.simulate import QuantizedModel, without_quantizers
 from fewbit.plan import Plan
@@ -59,7 +61,7 @@ class Artifact:
 
 
 def export(
-    model: nn.Module,
+    model: Any,
     path: str | Path,
     *,
     target: str | None = None,
@@ -234,15 +236,16 @@ def random_inputs(program: Program, samples: int = 8) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def _as_quantized(model: nn.Module, example: Any) -> QuantizedModel:
+def _as_quantized(model: Any, example: Any) -> QuantizedModel:
     if isinstance(model, QuantizedModel):
         return model
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    module = as_module(model, example)
+    if example is None and isinstance(module, GraphModule):
+        example = module.meta.get("example")
     if example is None:
         raise ModelError("a float model is exported with an example input: export(model, path, example=x)")
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
-    return QuantizedModel(read(model, inputs).eval(), Plan(()), {}, frozenset(), inputs)
+    return QuantizedModel(read(module, inputs).eval(), Plan(()), {}, frozenset(), inputs)
 
 
 def _metadata(model: QuantizedModel, target: str, verified: bool) -> dict[str, str]:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from fewbit.calibrate import CalibrationWarning, Facts, calibrate_activations, clipping_warnings
 from fewbit.data import Batches, as_batches
 from fewbit.errors import CalibrationError, DataError, ModelError
+from fewbit.model.readers import as_module
 from fewbit.model.readers.torch import read
 from fewbit.model.simulate import QuantizedModel, insert_dynamic, insert_quantizer
 from fewbit.model.sites import WEIGHTED, Placement, find_sites, place
@@ -28,7 +29,7 @@ _KEPT = 16  # samples that the model keeps for the export gate
 
 
 def quantize(
-    model: nn.Module,
+    model: Any,
     calibration: object = None,
     *,
     example: Tensor | tuple[Tensor, ...] | None = None,
@@ -42,34 +43,36 @@ def quantize(
 ) -> QuantizedModel:
     """A quantized copy of ``model`` that answers as the deployed file will.
 
-    ``model``: an ``nn.Module`` or a graph that ``fewbit.load`` gave; left as it is. ``calibration``: a few hundred
-    typical inputs without labels: tensor, array, iterable of batches, ``Dataset``, ``DataLoader``, ``.npy`` or ``.npz``
-    path; needed where activations are quantized statically. ``example``: one input (or a tuple of them), by default the
-    first calibration batch. ``recipe``: a preset's name, a TOML file or a ``Recipe``; further keywords replace its
-    values, as in ``quantize(model, data, weights="int4", equalize=True)``. ``target``: the runtime it is meant for.
-    ``held_out``: inputs like those the model will see; a warning names the layers that would clip them much more than
-    the calibration data. ``resume``: a file that keeps the calibration's state if it is interrupted; the same call
-    goes on from there, with the same result. ``progress``: show a bar on a terminal.
+    ``model``: an ``nn.Module``, a ``keras.Model`` or a graph that ``fewbit.load`` gave; left as it is. ``calibration``:
+    a few hundred typical inputs without labels: tensor, array, iterable of batches, ``Dataset``, ``DataLoader``,
+    ``.npy`` or ``.npz`` path; needed where activations are quantized statically. ``example``: one input (or a tuple of
+    them), by default the first calibration batch, or what the model was read with. ``recipe``: a preset's name, a TOML
+    file or a ``Recipe``; further keywords replace its values, as in ``quantize(model, data, weights="int4",
+    equalize=True)``. ``target``: the runtime it is meant for. ``held_out``: inputs like those the model will see; a
+    warning names the layers that would clip them much more than the calibration data. ``resume``: a file that keeps the
+    calibration's state if it is interrupted; the same call goes on from there, with the same result. ``progress``: show
+    a bar on a terminal.
 
     What calibration saw, its memory and its warnings are in ``.facts``; warnings are also issued as
     ``CalibrationWarning``. Raises ``ModelError``, ``DataError``, ``CalibrationError``, ``RecipeError`` or
     ``PlanError``, by layer name.
     """
     chosen = _recipe(recipe, overrides)
-    _check_module(model)
     examples = (example,) if isinstance(example, Tensor) else example
+    module = _module(model, examples)
     batches = None
     if calibration is not None:
         batches = as_batches(
             calibration, what="calibration", like=examples, labels=False, batch_size=batch_size
         )
         examples = examples or batches.peek()[0]
+    examples = examples or _meta(module).get("example")
     if examples is None:
         raise DataError(
             f"recipe {chosen.name!r} needs calibration data, or an example input where it is dynamic or weight-only: "
             "call quantize(model, calibration=data) or quantize(model, example=x, ...)"
         )
-    gm = _normalised(model, examples, chosen)
+    gm = _normalised(module, examples, chosen)
     placement, resolved = _planned(gm, chosen, target)
     if placement.born and batches is None:
         raise CalibrationError(
@@ -86,7 +89,7 @@ def quantize(
 
 
 def plan(
-    model: nn.Module,
+    model: Any,
     example: Tensor | tuple[Tensor, ...],
     *,
     recipe: Recipe | str | Path = "int8",
@@ -95,8 +98,8 @@ def plan(
 ) -> Plan:
     """What ``quantize`` would do to each tensor, and why, without any data but an example. Errors as there."""
     chosen = _recipe(recipe, overrides)
-    _check_module(model)
-    gm = _normalised(model, (example,) if isinstance(example, Tensor) else tuple(example), chosen)
+    examples = (example,) if isinstance(example, Tensor) else tuple(example)
+    gm = _normalised(_module(model, examples), examples, chosen)
     return _planned(gm, chosen, target)[1]
 
 
@@ -107,11 +110,15 @@ def _recipe(recipe: Recipe | str | Path, overrides: dict[str, Any]) -> Recipe:
     return chosen
 
 
-def _check_module(model: object) -> None:
+def _module(model: object, examples: tuple[Tensor, ...] | None) -> nn.Module:
+    """The model as an ``nn.Module``; Keras models become graphs."""
     if isinstance(model, QuantizedModel):
         raise ModelError("the model is quantized already; quantize the float model it came from")
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"the model is a {type(model).__name__}: expected a torch.nn.Module")
+    return as_module(model, examples)
+
+
+def _meta(module: nn.Module) -> dict[str, Any]:
+    return getattr(module, "meta", {}) if isinstance(module, GraphModule) else {}
 
 
 def _normalised(model: nn.Module, examples: tuple[Tensor, ...], recipe: Recipe) -> GraphModule:

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from fewbit.errors import ArtifactError, FewbitError, ModelError
 from fewbit.model.lowering import lower
+from fewbit.model.readers import read_path
 from fewbit.model.serialize import describe, rebuild
 from fewbit.model.simulate import QuantizedModel
 from fewbit.targets import registry as targets
@@ -63,20 +64,18 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     return folder
 
 
-def load(path: str | Path) -> QuantizedModel | GraphModule:
-    """What ``save`` wrote: a quantized model that answers with the same bits, or a float graph.
+def load(path: str | Path, example: Any = None) -> QuantizedModel | GraphModule:
+    """A model from a file, or what ``save`` wrote: a quantized model that answers with the same bits, or a graph.
 
-    Raises ``ArtifactError`` for anything else, and for a folder that is damaged or that asks for more than numbers.
+    ``.keras``, ``.h5`` and ``.onnx`` files become graphs like those of any other source; ``example``, an input or a
+    tuple of them, is for files that leave the sizes of their inputs open. Raises ``ArtifactError`` for a file that is
+    damaged, unknown or asks for more than numbers, ``ModelError`` for layers that cannot be read, all of them by name.
     """
     path = Path(path)
     if not path.exists():
-        raise ArtifactError(f"{path}: no such folder")
+        raise ArtifactError(f"{path}: no such file or folder")
     if not path.is_dir():
-        kind = "an ONNX file, which cannot be read as a model yet" if path.suffix == ".onnx" else "a file"
-        raise ArtifactError(
-            f"{path}: {kind}; expected a folder that fewbit.save wrote (give fewbit.quantize your nn.Module itself, "
-            "and the command line module:factory)"
-        )
+        return read_path(path, example)
     try:
         return _load(path)
     except ArtifactError as error:

@@ -96,9 +96,9 @@ def _flipped(content: bytes, place: int) -> bytes:
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
-def test_an_onnx_file_is_no_model_yet(tmp_path: Path) -> None:
-    (tmp_path / "a.onnx").write_bytes(b"x")
+def test_a_file_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"x")
     with pytest.raises(
-        FewbitError, match="an ONNX file, which cannot be read as a model yet; expected a folder"
+        FewbitError, match=r"no reader for .bin; expected a folder that fewbit.save wrote, or one of"
     ):
-        load(tmp_path / "a.onnx")
+        fewbit.load(tmp_path / "a.bin")
