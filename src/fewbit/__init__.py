@@ -12,6 +12,7 @@ _WHERE = {
     "evaluate": "fewbit.evaluation.metrics",
     "measure": "fewbit.evaluation.measure",
     "export": "fewbit.deploy",
+    "benchmark": "fewbit.versus",
     "verify": "fewbit.deploy",
     "Recipe": "fewbit.plan",
     "Plan": "fewbit.plan",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from fewbit.pipeline import quantize
     from fewbit.plan import Plan, Recipe
     from fewbit.storage import load, save
+    from fewbit.versus import benchmark
 
 __all__ = [
     "FewbitError",
@@ -37,6 +39,7 @@ __all__ = [
     "QTensor",
     "Recipe",
     "Scheme",
+    "benchmark",
     "evaluate",
     "export",
     "load",

@@ -1,15 +1,16 @@
 """Writes a model for a runtime, and keeps the file only if the runtime computes what was evaluated."""
 
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from fewbit.model.simulate import QuantizedModel, without_quantizers
 from fewbit.plan import Plan
 from fewbit.targets import Target, get_target
 from fewbit.targets import registry as targets
+
+if TYPE_CHECKING:
+    from fewbit.fleet import Fleet
 
 _SAMPLES = 16
 _LARGEST_INPUT = 2**28  # numbers: more than that is no model's input, but a file's lie
@@ -60,31 +64,54 @@ class Artifact:
         return "\n".join(lines)
 
 
+@overload
+def export(
+    model: Any, path: str | Path, *, target: str | None = None, targets: None = None,
+    example: Tensor | tuple[Tensor, ...] | None = None, verify: bool = True, time: bool = True, io: str = "float32",
+) -> Artifact: ...  # fmt: skip
+@overload
+def export(
+    model: Any, path: str | Path, *, targets: Sequence[str], test: object = None, verify: bool = True,
+    time: bool = True,
+) -> "Fleet": ...  # fmt: skip
 def export(
     model: Any,
     path: str | Path,
     *,
     target: str | None = None,
+    targets: Sequence[str] | None = None,
+    test: object = None,
     example: Tensor | tuple[Tensor, ...] | None = None,
     verify: bool = True,
     time: bool = True,
-) -> Artifact:
+    io: str = "float32",
+) -> "Artifact | Fleet":
     """Write ``model`` to ``path``; the target follows from the suffix unless named.
 
     The file is run in its runtime on ``example`` (by default the inputs the model was read with) and compared with the
     reference; a file that differs, or that runs no integer kernel, is not kept. ``verify=False`` skips that, and the
-    file says so. ``time=False`` skips comparing its latency with float. A float ``nn.Module`` (with ``example``)
-    is written in float.
+    file says so. ``time=False`` skips comparing its latency with float. A float ``nn.Module`` (with ``example``) or
+    Keras model is written in float. ``io``: how the file itself takes its inputs and gives its outputs, for targets
+    that can choose: "float32", or codes as "int8" or "uint8".
+
+    With ``targets``, a list of names, ``path`` is a folder that gets a file for each; ``test``, labelled data, is then
+    run in each runtime. The ``Fleet`` that comes back prints as one table.
 
     Raises ``TargetError``, ``VerificationError``, or ``ArtifactError`` where the file cannot be written.
     """
+    if targets is not None:
+        from fewbit.fleet import export_all
+
+        return export_all(_as_quantized(model, example), path, targets, test=test, verify=verify, time=time)
     path = Path(path)
     quantized = _as_quantized(model, example)
     key = target or _chosen_target(quantized, path)
     runtime = get_target(key)
+    if io not in getattr(runtime, "IO", ("float32",)):
+        raise TargetError(f"{path}: target {key!r} cannot hand over {io!r}; leave io='float32'")
     inputs = (example,) if isinstance(example, Tensor) else example or quantized.example
     inputs = tuple(x[:_SAMPLES] for x in inputs)
-    program = runtime.prepare(lower(quantized))
+    program = dataclasses.replace(runtime.prepare(lower(quantized)), io=io)
     metadata = _metadata(quantized, key, verify)
     with _Staging(path) as staged:
         runtime.write(program, staged.file, metadata)

@@ -99,6 +99,11 @@ class Verification:
             ", ".join(f"{self.covered(k)[0]}/{self.covered(k)[1]} {k}" for k in kinds) + " in integer kernels"
         )
 
+    def short_coverage(self) -> str:
+        """Such as ``20/20 integer``: operations that should be integer and are."""
+        planned = [k for k in self.kernels if k.planned]
+        return f"{sum(k.integer for k in planned)}/{len(planned)} integer" if planned else "float"
+
     def __str__(self) -> str:
         lines = [
             f"{self.path}: {self.runtime} on {self.cpu}, {self.samples} samples",

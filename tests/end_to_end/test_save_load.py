@@ -101,4 +101,4 @@ def test_a_file_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         FewbitError, match=r"no reader for .bin; expected a folder that fewbit.save wrote, or one of"
     ):
-        fewbit.load(tmp_path / "a.bin")
+        load(tmp_path / "a.bin")

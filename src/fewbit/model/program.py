@@ -69,6 +69,7 @@ class Program:
     ops: list[Op]
     codings: dict[str, Coding]
     example_shapes: list[tuple[int, ...]] = field(default_factory=list)  # of the inputs, every size a number
+    io: str = "float32"  # or "int8", "uint8": what a file hands over where the first and last steps are codes
 
     def output_names(self) -> list[str]:
         """The output values, flattened in order."""

@@ -22,6 +22,7 @@ from fewbit.targets._litert.writer import Writer
 SUFFIX = ".tflite"
 REQUANTIZATION = "q31_double"
 TOLERANCE = 0
+IO = ("float32", "int8", "uint8")
 describe = read_back
 open = open_file
 
@@ -71,6 +72,7 @@ def coverage(path: Path, program: Program, codes: dict[str, str]) -> list[Kernel
 
 
 __all__ = [
+    "IO",
     "REQUANTIZATION",
     "SUFFIX",
     "TOLERANCE",

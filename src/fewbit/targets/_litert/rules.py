@@ -127,8 +127,12 @@ def _pool_attrs(values: list[int], rank: int) -> list[int]:
 
 
 def _avg_pool(layout: Layout, op: Op) -> None:
-    """The runtime's average keeps its input's scale; another scale is a step of its own."""
+    """The runtime's average keeps its input's scale; another scale is a step of its own, but for a whole image."""
     rank = layout.rank(op.inputs[0])
+    if rank == 4 and tuple(op.attrs["kernel"]) == layout.sizes.shape[op.inputs[0]][2:]:
+        whole = {k: v for k, v in op.attrs.items() if k == "clamp"}
+        _global_avg_pool(layout, dataclasses.replace(op, kind="global_avg_pool", attrs=whole))
+        return
     attrs = {k: _pool_attrs(op.attrs[k], rank) for k in ("kernel", "stride")}
     source = image(layout, op.inputs[0])
     coding, wanted = layout.codings[source], layout.program.codings[op.output]

@@ -1,5 +1,7 @@
 """Writes a prepared program as a ``.tflite`` file: an operator for each operation, named tensors throughout."""
 
+import dataclasses
+
 import numpy as np
 from torch import Tensor
 
@@ -24,14 +26,56 @@ class Writer:
         """The file's bytes. Raises ``TargetError`` for an operation that cannot be written."""
         from fewbit.targets._litert.operators import OPERATORS
 
-        for name in self.program.inputs:
-            self.tensor(name)
+        inputs = [self._input(name) for name in self.program.inputs]
+        ends = {} if self.program.io == "float32" else self._coded_outputs()
         for op in self.program.ops:
+            if op.output in self.b.index or op.output in ends:
+                continue  # handed over as codes
             write = OPERATORS.get(key(op))
             if write is None:
                 raise TargetError(f"{op.layer or op.node}: {key(op)} cannot be written for LiteRT")
             write(self, op)
-        return self.b.finish(self.program.inputs, self.program.output_names(), metadata)
+        outputs = [self._output(ends[n]) if n in ends else n for n in self.program.output_names()]
+        return self.b.finish(inputs, outputs, metadata)
+
+    def _input(self, name: str) -> str:
+        """The tensor that the file takes: floats, or the codes that the first step makes of them."""
+        readers = [op for op in self.program.ops if name in op.inputs]
+        if self.program.io == "float32" or self.dtypes[name] != "float32":
+            return self.tensor(name)
+        if len(readers) != 1 or readers[0].kind != "quantize":
+            raise TargetError(
+                f"input {name!r} is also read as floats: it cannot be handed over as {self.program.io}"
+            )
+        codes = readers[0].output
+        if self.program.io == "int8":
+            return self.tensor(codes)
+        outside = self.temporary(
+            f"{codes}/uint8", self.shapes[codes], "uint8", _unsigned(self.program.codings[codes])
+        )
+        self.b.operator("QUANTIZE", [outside], [self.tensor(codes)], ("QuantizeOptions", {}), 2)
+        return outside
+
+    def _coded_outputs(self) -> dict[str, str]:
+        """Codes that stand for float outputs, by the output's name."""
+        by_output = {op.output: op for op in self.program.ops}
+        found = {}
+        for name in self.program.output_names():
+            if by_output[name].kind != "dequantize":
+                raise TargetError(
+                    f"output {name!r} is computed in float: it cannot be handed over as {self.program.io}"
+                )
+            found[name] = by_output[name].inputs[0]
+        return found
+
+    def _output(self, codes: str) -> str:
+        if self.program.io == "int8":
+            return codes
+        outside = self.temporary(
+            f"{codes}/uint8", self.shapes[codes], "uint8", _unsigned(self.program.codings[codes])
+        )
+        self.b.operator("QUANTIZE", [codes], [outside], ("QuantizeOptions", {}), 2)
+        return outside
 
     def tensor(self, name: str) -> str:
         """The tensor of a value of the program."""
@@ -67,6 +111,12 @@ class Writer:
         return self.b.constant(
             f"{op.output}/weight", array(value), scales=scales, zero_points=zeros, axis=axis
         )
+
+
+def _unsigned(coding: Coding) -> Coding:
+    """The same numbers as uint8 codes."""
+    scheme = dataclasses.replace(coding.scheme, format="uint8")
+    return Coding(scheme, coding.scale, coding.zero_point + 128)
 
 
 def _scales(op: Op) -> np.ndarray:
