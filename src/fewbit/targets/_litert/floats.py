@@ -7,6 +7,7 @@ from fewbit.targets._litert.floats_products import PRODUCTS
 from fewbit.targets._litert.floats_reductions import REDUCTIONS
 from fewbit.targets._litert.floats_shapes import SHAPES
 from fewbit.targets._litert.floats_windows import WINDOWS
+from fewbit.targets._litert.fusion import norms_joined
 from fewbit.targets._litert.shapes import Sizes
 
 EXPANSIONS: dict[str, Expand] = FUNCTIONS | REDUCTIONS | PRODUCTS | WINDOWS | SHAPES
@@ -14,4 +15,5 @@ EXPANSIONS: dict[str, Expand] = FUNCTIONS | REDUCTIONS | PRODUCTS | WINDOWS | SH
 
 def expanded(program: Program, sizes: Sizes, free_batch: bool) -> Program:
     """The program with float operations that are one operator each, and with numbers in place of sizes."""
+    program = norms_joined(program)
     return Expansion(program, sizes, free_batch, EXPANSIONS).run()

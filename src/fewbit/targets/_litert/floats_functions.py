@@ -6,21 +6,15 @@ from collections.abc import Callable
 import torch
 
 from fewbit.targets._litert.expand import Call, Expand, Value
+from fewbit.targets._litert.layout import FixedBatch
 
 
 def _silu(c: Call) -> Value:
     return c("mul.Tensor", c.x, c("sigmoid.default", c.x))
 
 
-def _negative_elu(c: Call, x: Value) -> Value:
-    """exp(x) - 1 below zero, 0 above, exact near zero."""
-    return c("elu.default", c("clamp_max.default", x, 0.0))
-
-
-def _elu(c: Call) -> Value | None:
+def _elu(c: Call) -> Value:
     alpha, scale, inner = (float(c[k]) for k in ("alpha", "scale", "input_scale"))
-    if (alpha, scale, inner) == (1.0, 1.0, 1.0):
-        return None
     return _bent(c, alpha * scale, scale, inner)
 
 
@@ -35,9 +29,13 @@ def _selu(c: Call) -> Value:
 
 
 def _bent(c: Call, below: float, above: float, inner: float) -> Value:
-    """above * x where x > 0, below * (exp(inner * x) - 1) elsewhere."""
-    x = c.x if inner == 1 else c("mul.Tensor", c.x, inner)
-    negative = c("mul.Tensor", _negative_elu(c, x), below)
+    """above * x where x > 0, below * (exp(inner * x) - 1) elsewhere. ELU itself has no reference kernel."""
+    x = c("clamp_max.default", c.x, 0.0)
+    if inner != 1:
+        x = c("mul.Tensor", x, inner)
+    negative = c("sub.Tensor", c("exp.default", x), 1.0)
+    if below != 1:
+        negative = c("mul.Tensor", negative, below)
     positive = c("relu.default", c.x)
     if above != 1:
         positive = c("mul.Tensor", positive, above)
@@ -112,20 +110,11 @@ def _softshrink(c: Call) -> Value:
 
 
 def _expm1(c: Call) -> Value:
-    """Below zero it is ELU; above, exp(x) (1 - exp(-x)), so that small numbers keep their digits."""
-    below = c("elu.default", c("neg.default", c("abs.default", c.x)))
-    above = c("neg.default", c("mul.Tensor", below, c("exp.default", c.x)))
-    return c("where.self", c("gt.Scalar", c.x, 0.0), above, below)
+    return c("sub.Tensor", c("exp.default", c.x), 1.0)
 
 
 def _log1p(c: Call) -> Value:
-    """log(u) x / (u - 1) for u = 1 + x rounded (Kahan): the rounding error of u cancels."""
-    one = c("add.Tensor", c.x, 1.0)
-    apart = c("sub.Tensor", one, 1.0)
-    same = c("eq.Scalar", apart, 0.0)
-    safe = c("where.self", same, c.constant(1.0), apart)
-    scaled = c("div.Tensor", c("mul.Tensor", c("log.default", one), c.x), safe)
-    return c("where.self", same, c.x, scaled)
+    return c("log.default", c("add.Tensor", c.x, 1.0))
 
 
 def _logarithm(base: float) -> Expand:
@@ -162,8 +151,62 @@ def _tan(c: Call) -> Value:
     return c("div.Tensor", c("sin.default", c.x), c("cos.default", c.x))
 
 
+def _ceil(c: Call) -> Value:
+    """CEIL and ROUND have no reference kernels."""
+    return c("neg.default", c("floor.default", c("neg.default", c.x)))
+
+
+def _round(c: Call) -> Value:
+    """To the nearest, ties to even: floor(x + 1/2), one less where that went too far."""
+    up = c("floor.default", c("add.Tensor", c.x, 0.5))
+    by = c("sub.Tensor", up, c.x)
+    half = c("mul.Tensor", up, 0.5)
+    odd = c("ne.Tensor", c("floor.default", half), half)
+    tie = c("logical_and.default", c("eq.Scalar", by, 0.5), odd)
+    far = c("logical_or.default", c("gt.Scalar", by, 0.5), tie)
+    return c("sub.Tensor", up, c("to.dtype", far, torch.float32))
+
+
 def _atan(c: Call) -> Value:
-    return c("atan2.default", c.x, c.constant(1.0))
+    """The angle of (x, 1); ATAN2 does not broadcast."""
+    ones = c("to.dtype", c("ge.Scalar", c("abs.default", c.x), 0.0), torch.float32)
+    return c("atan2.default", c.x, ones)
+
+
+def _beside(c: Call) -> Value:
+    """sqrt(1 - x^2)"""
+    return c("sqrt.default", c("sub.Tensor", c.constant(1.0), c("square.default", c.x)))
+
+
+def _asin(c: Call) -> Value:
+    return c("atan2.default", c.x, _beside(c))
+
+
+def _acos(c: Call) -> Value:
+    return c("atan2.default", _beside(c), c.x)
+
+
+def _asinh(c: Call) -> Value:
+    size = c("abs.default", c.x)
+    root = c("sqrt.default", c("add.Tensor", c("square.default", c.x), 1.0))
+    return c("mul.Tensor", c("sign.default", c.x), c("log.default", c("add.Tensor", size, root)))
+
+
+def _acosh(c: Call) -> Value:
+    root = c("sqrt.default", c("sub.Tensor", c("square.default", c.x), 1.0))
+    return c("log.default", c("add.Tensor", c.x, root))
+
+
+def _atanh(c: Call) -> Value:
+    both = c("add.Tensor", c.x, 1.0), c("sub.Tensor", c.constant(1.0), c.x)
+    return c("mul.Tensor", c("log.default", c("div.Tensor", *both)), 0.5)
+
+
+def _nan_to_num(c: Call) -> Value:
+    limits = torch.finfo(torch.float32)
+    number = c("where.self", c("ne.Tensor", c.x, c.x), c.constant(float(c.get("nan", 0.0))), c.x)
+    high = c("clamp_max.default", number, float(c.get("posinf", limits.max)))
+    return c("clamp_min.default", high, float(c.get("neginf", limits.min)))
 
 
 def _sinh(c: Call) -> Value:
@@ -192,6 +235,8 @@ def _binary(name: str) -> Expand:
 
     def expand(c: Call) -> Value | None:
         first, second, alpha = c["self"], c["other"], c.get("alpha", 1)
+        if name == "atan2" and first.shape != second.shape:
+            raise c.error("atan2 of tensors of different shapes")
         plain = all(not isinstance(v, Value) or v.dtype == c.dtype for v in (first, second))
         if plain and alpha == 1 and c.op.attrs["target"] == f"aten.{name}.{_OVERLOAD.get(name, 'Tensor')}":
             return None
@@ -217,7 +262,7 @@ def _div_mode(c: Call) -> Value:
     mode = c.get("rounding_mode", "floor" if "floor" in c.op.attrs["target"] else None)
     x, y = c.tensor(c["self"], c.dtype), c.tensor(c["other"], c.dtype)
     if mode == "floor":
-        return c("floor_divide.default", x, y)
+        return _floor_of(c, x, y)
     if not c.dtype.is_floating_point:
         if mode == "trunc":
             return c("div.Tensor_mode", x, y, rounding_mode="trunc")
@@ -228,8 +273,16 @@ def _div_mode(c: Call) -> Value:
 
 def _floor_divide(c: Call) -> Value | None:
     if all(isinstance(v, Value) and v.dtype == c.dtype for v in (c["self"], c["other"])):
-        return None
-    return c("floor_divide.default", c.tensor(c["self"], c.dtype), c.tensor(c["other"], c.dtype))
+        return None if c.dtype != torch.int64 else _floor_of(c, c["self"], c["other"])
+    return _floor_of(c, c.tensor(c["self"], c.dtype), c.tensor(c["other"], c.dtype))
+
+
+def _floor_of(c: Call, x: Value, y: Value) -> Value:
+    """FLOOR_DIV has no kernel for int64."""
+    if c.dtype != torch.int64:
+        return c("floor_divide.default", x, y)
+    narrow = (c("to.dtype", v, torch.int32) for v in (x, y))
+    return c("to.dtype", c("floor_divide.default", *narrow), torch.int64)
 
 
 def _remainder(c: Call) -> Value | None:
@@ -343,6 +396,14 @@ def _full_like(c: Call) -> Value:
     return c("add.Tensor", c("to.dtype", never, c.dtype), value)
 
 
+def _full(c: Call) -> Value:
+    """A tensor of one number, of sizes that are known."""
+    if c.expansion.sizes.free.get(c.op.output):
+        raise FixedBatch
+    value = c.get("fill_value", 1 if "ones" in c.op.attrs["target"] else 0)
+    return c.constant(torch.full(c.shape, value, dtype=c.dtype))
+
+
 def _identity(c: Call) -> Value:
     return c.x
 
@@ -377,6 +438,14 @@ FUNCTIONS: dict[str, Expand] = {
     **_of("atan", _atan, "default"),
     **_of("sinh", _sinh, "default"),
     **_of("cosh", _cosh, "default"),
+    **_of("ceil", _ceil, "default"),
+    **_of("round", _round, "default"),
+    **_of("asin", _asin, "default"),
+    **_of("acos", _acos, "default"),
+    **_of("asinh", _asinh, "default"),
+    **_of("acosh", _acosh, "default"),
+    **_of("atanh", _atanh, "default"),
+    **_of("nan_to_num", _nan_to_num, "default"),
     **_of("isnan", _isnan, "default"),
     **_of("isinf", _isinf, "default"),
     **{k: v for n in ("add", "sub", "mul", "div") for k, v in _of(n, _binary(n), "Tensor", "Scalar").items()},
@@ -394,6 +463,7 @@ FUNCTIONS: dict[str, Expand] = {
     },
     **{k: v for n in ("and", "or", "xor") for k, v in _of(f"logical_{n}", _logical(n), "default").items()},
     **{k: v for n in ("and", "or", "xor") for k, v in _of(f"bitwise_{n}", _bitwise(n), "Tensor").items()},
+    **{k: v for n in ("and", "or", "xor") for k, v in _of(f"__{n}__", _bitwise(n), "Tensor").items()},
     **_of("bitwise_not", _bitwise("not"), "default"),
     **_of("logical_not", _logical_not, "default"),
     **_of("where", _where, "self", "ScalarSelf", "ScalarOther", "Scalar"),
@@ -401,5 +471,6 @@ FUNCTIONS: dict[str, Expand] = {
     **_of("to", _cast, "dtype"),
     **_of("_to_copy", _cast, "default"),
     **_of("full_like zeros_like ones_like", _full_like, "default"),
+    **_of("new_full new_zeros new_ones", _full, "default"),
     **_of("contiguous clone detach alias", _identity, "default"),
 }

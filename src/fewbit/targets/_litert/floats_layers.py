@@ -26,8 +26,9 @@ def bias(w: Writer, op: Op, count: int) -> str:
 
 def _linear(w: Writer, op: Op) -> None:
     names = [op.inputs[0], parameter(w, op, "weight"), bias(w, op, op.attrs["config"]["out_features"])]
-    fields = {"keepNumDims": len(w.shapes[op.inputs[0]]) != 2, "fusedActivationFunction": 0}
-    w.b.operator("FULLY_CONNECTED", names, [w.tensor(op.output)], ("FullyConnectedOptions", fields), 5)
+    output, activation = w.clamped(op)
+    fields = {"keepNumDims": len(w.shapes[op.inputs[0]]) != 2, "fusedActivationFunction": activation}
+    w.b.operator("FULLY_CONNECTED", names, [output], ("FullyConnectedOptions", fields), 5)
 
 
 def _convolution(w: Writer, op: Op) -> None:
@@ -35,10 +36,11 @@ def _convolution(w: Writer, op: Op) -> None:
     kernel, stride, dilation = (per_dim(config[k], 2) for k in ("kernel_size", "stride", "dilation"))
     pads = paddings(config["padding"], kernel, dilation)
     groups, inputs, outputs = config["groups"], config["in_channels"], config["out_channels"]
+    output, activation = w.clamped(op)
     fields = {
         "padding": 0 if any(n for pair in pads for n in pair) else 1,
         "strideH": stride[0], "strideW": stride[1],
-        "dilationHFactor": dilation[0], "dilationWFactor": dilation[1], "fusedActivationFunction": 0,
+        "dilationHFactor": dilation[0], "dilationWFactor": dilation[1], "fusedActivationFunction": activation,
     }  # fmt: skip
     depthwise = groups == inputs and groups > 1
     weight = parameter(w, op, "weight", (1, 2, 3, 0) if depthwise else (0, 2, 3, 1))
@@ -47,7 +49,7 @@ def _convolution(w: Writer, op: Op) -> None:
         name, table = "DEPTHWISE_CONV_2D", "DepthwiseConv2DOptions"
         fields["depthMultiplier"] = outputs // groups
     names = [op.inputs[0], weight, bias(w, op, outputs)]
-    w.b.operator(name, names, [w.tensor(op.output)], (table, fields), 2)
+    w.b.operator(name, names, [output], (table, fields), 2)
 
 
 def _transposed(w: Writer, op: Op) -> None:

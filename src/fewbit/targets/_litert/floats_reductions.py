@@ -43,6 +43,8 @@ def _variance(root: bool) -> Expand:
         axes = c.axes(c.get("dim"), x)
         correction = c.arguments.get("correction", c.arguments.get("unbiased", True))
         correction = 1.0 if correction is None else float(correction)
+        if correction and any(a in c.expansion.sizes.free.get(x.name, ()) for a in axes):
+            raise c.error("a variance over the batch; use correction=0")
         count = math.prod(x.shape[a] for a in axes)
         squares = c("square.default", c("sub.Tensor", x, c("mean.dim", x, axes, True)))
         mean = c("mean.dim", squares, axes, keep)

@@ -32,6 +32,11 @@ def _repeat_interleave(c: Call) -> Value:
     return c("flatten.using_ints", copies, axis, axis + 1)
 
 
+def _tile(c: Call) -> Value:
+    repeats = list(c["dims"])
+    return c("repeat.default", c.x, [1] * (c.x.rank - len(repeats)) + repeats)
+
+
 def _flip(c: Call) -> Value | None:
     """One axis at a time."""
     axes = c.axes(c["dims"], c.x) if c["dims"] else []
@@ -188,6 +193,7 @@ SHAPES: dict[str, Expand] = {
     "aten.cat.default": _cat,
     "aten.view.default": _view,
     "aten.repeat_interleave.self_int": _repeat_interleave,
+    "aten.tile.default": _tile,
     "aten.flip.default": _flip,
     "aten.roll.default": _roll,
     "aten.pixel_shuffle.default": _pixel_shuffle,

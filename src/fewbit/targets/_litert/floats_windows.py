@@ -32,6 +32,7 @@ def _convolution(dims: int) -> Expand:
         kernel, dilation = (per_dim(c[k], dims) for k in ("kernel_size", "dilation"))
         flat = [n for lo, hi in reversed(paddings(c["padding"], kernel, dilation)) for n in (lo, hi)]
         padded = border(c, c.x, flat, mode)
+        assert padded is not None
         config = c.op.attrs["config"] | {"padding": 0, "padding_mode": "zeros"}
         return c.again(inputs=[padded.name], attrs=c.op.attrs | {"config": config, "args": [{"$": 0}]})
 
@@ -72,19 +73,16 @@ def _pad(c: Call) -> Value | None:
             x = c("slice.Tensor", x, axis, -low, x.shape[axis] + high, 1)
     flat = [max(p, 0) for p in flat]
     value = c.get("value", 0)
-    if (
-        x is c.x
-        and c.op.attrs["target"] == "aten.pad.default"
-        and c.get("mode")
-        and c.arguments["value"] is not None
-    ):
+    if x is c.x and len(c.op.attrs["args"]) == 4 and c.op.attrs["target"] == "aten.pad.default":
         return None
     return c("pad.default", x, flat, "constant", float(value)) if any(flat) else x
 
 
-def border(c: Call, x: Value, flat: list[int], mode: str) -> Value:
-    """An image with borders taken from itself: amounts from the last axis on, as torch has them."""
+def border(c: Call, x: Value, flat: list[int], mode: str) -> Value | None:
+    """An image with borders taken from itself: amounts from the last axis on, as torch has them. None: as it is."""
     if mode == "reflect":
+        if len(c.op.attrs["args"]) == 3 and x is c.x and c.op.attrs["target"] == "aten.pad.default":
+            return None
         return c("pad.default", x, flat, "reflect")
     for i in range(0, len(flat), 2):
         axis, before, after = x.rank - 1 - i // 2, flat[i], flat[i + 1]
@@ -274,17 +272,23 @@ def _last(c: Call, x: Value, axis: int, matrix: Tensor) -> Value:
 
 
 def _matrix(c: Call, dims: int, axis: int) -> Tensor:
-    """Interpolation along one axis as a matrix [out, in]: what torch makes of each unit vector."""
+    """Interpolation along one axis as a matrix [out, in]: what torch makes of each unit vector.
+
+    The other axes have two numbers: torch takes an image of width 1 for one with channels last.
+    """
     size, goal = c.x.shape[2 + axis], c.shape[2 + axis]
-    shape, wanted = [1] * dims, [1] * dims
+    shape, wanted = [2] * dims, [2] * dims
     shape[axis], wanted[axis] = size, goal
-    units = torch.eye(size).reshape(1, size, *shape)
+    units = torch.eye(size).reshape(1, size, *(size if i == axis else 1 for i in range(dims)))
     factors = c.get("scale_factors")
     scales = None if factors is None else [factors[i] if i == axis else 1.0 for i in range(dims)]
     result: Tensor = aten(c.op.attrs["target"])(
-        units, wanted if scales is None else None, c["align_corners"], scales
+        units.expand(1, size, *shape).contiguous(),
+        wanted if scales is None else None,
+        c["align_corners"],
+        scales,
     )
-    return result.reshape(size, goal).t().contiguous()
+    return result.movedim(2 + axis, 2).reshape(size, goal, -1)[:, :, 0].t().contiguous()
 
 
 WINDOWS: dict[str, Expand] = {

@@ -26,7 +26,8 @@ def _operand(w: Writer, op: Op, value: Any, role: str) -> str:
     if isinstance(value, dict) and "$" in value:
         return op.inputs[value["$"]]
     number = float(value["float"]) if isinstance(value, dict) else value
-    return w.b.constant(f"{op.output}/{role}", np.asarray(number, w.dtypes[op.inputs[0]]))
+    array = np.asarray(number, w.dtypes[op.inputs[0]])
+    return w.b.constant(f"{op.output}/{role}", array, shape=() if w.shapes[op.output] == () else (1,))
 
 
 def _two(name: str, table: str | None = None, version: int = 1, **fields: Any) -> Write:
@@ -35,9 +36,10 @@ def _two(name: str, table: str | None = None, version: int = 1, **fields: Any) -
     def write(w: Writer, op: Op) -> None:
         names = [_operand(w, op, v, f"number{i}") for i, v in enumerate(op.attrs["args"][:2])]
         given = dict(fields)
-        output = w.tensor(op.output)
-        if table in ("AddOptions", "SubOptions", "MulOptions", "DivOptions"):
-            given["fusedActivationFunction"] = 0
+        if name in ("ADD", "SUB", "MUL", "DIV"):
+            output, given["fusedActivationFunction"] = w.clamped(op)
+        else:
+            output = w.tensor(op.output)
         w.b.operator(name, names, [output], (table, given) if table else None, version)
 
     return write
@@ -137,9 +139,10 @@ def _product(w: Writer, op: Op) -> None:
 
 def _avg_pool(w: Writer, op: Op) -> None:
     kernel, stride = op.attrs["args"][1:3]
+    output, activation = w.clamped(op)
     fields = {"padding": 1, "strideH": stride[0], "strideW": stride[1], "filterHeight": kernel[0],
-              "filterWidth": kernel[1]}  # fmt: skip
-    options(w, op, "AVERAGE_POOL_2D", "Pool2DOptions", **fields)
+              "filterWidth": kernel[1], "fusedActivationFunction": activation}  # fmt: skip
+    w.b.operator("AVERAGE_POOL_2D", op.inputs, [output], ("Pool2DOptions", fields), 1)
 
 
 def _pad(w: Writer, op: Op) -> None:
@@ -148,6 +151,8 @@ def _pad(w: Writer, op: Op) -> None:
     rank = len(w.shapes[op.inputs[0]])
     flat = [*flat, *[0] * (2 * rank - len(flat))]
     pairs = [flat[2 * (rank - 1 - a) : 2 * (rank - a)] for a in range(rank)]
+    if op.attrs.get("layout") == "NHWC":
+        pairs = [pairs[0], *pairs[2:], pairs[1]]
     amounts = w.b.constant(f"{op.output}/pad", np.asarray(pairs, np.int32))
     number = 0.0 if not value or value[0] is None else value[0]
     number = float(number["float"]) if isinstance(number, dict) else float(number)
@@ -177,7 +182,7 @@ def _div_mode(w: Writer, op: Op) -> None:
     _two("DIV", "DivOptions", 2)(w, op)
 
 
-_SAME_NAME = "relu relu6 tanh elu exp log sqrt rsqrt abs neg sign square sin cos floor ceil round logical_not"
+_SAME_NAME = "relu relu6 tanh exp log sqrt rsqrt abs neg sign square sin cos floor logical_not"
 _TABLES = {"EXP": "ExpOptions", "ABS": "AbsOptions", "NEG": "NegOptions", "SIGN": "SignOptions",
            "SQUARE": "SquareOptions", "COS": "CosOptions", "LOGICAL_NOT": "LogicalNotOptions"}  # fmt: skip
 _COMPARE = {"eq": ("EQUAL", "EqualOptions"), "ne": ("NOT_EQUAL", "NotEqualOptions"), "lt": ("LESS", "LessOptions"),

@@ -4,10 +4,10 @@ from typing import Any
 
 from fewbit.errors import TargetError
 from fewbit.model.program import Op
-from fewbit.targets._litert.layout import FixedBatch, Layout, Order
+from fewbit.targets._litert.layout import FixedBatch, Layout, Order, key
 from fewbit.targets._litert.rules import Rule, emit_image, identity, image
 
-_WEIGHTED = ("linear", "dynamic_linear")
+_WEIGHTED = ("linear", "dynamic_linear", "module.Linear")
 
 
 def _permute(layout: Layout, op: Op) -> None:
@@ -55,7 +55,7 @@ def _turn_weights(layout: Layout, op: Op, stored: str, order: Order) -> bool:
         features *= size
     users = layout.users.get(op.output, [])
     flat = layout.sizes.shape[op.output] == (shape[0], features) and order[0] == 0
-    if not flat or not users or any(u.kind not in _WEIGHTED for u in users):
+    if not flat or not users or any(key(u) not in _WEIGHTED or _grouped(u) for u in users):
         return False
     if op.output in layout.program.output_names():
         return False
@@ -66,6 +66,12 @@ def _turn_weights(layout: Layout, op: Op, stored: str, order: Order) -> bool:
     flattened = layout.reshape(stored, layout.sizes.signature(op.output), op.output, op)
     layout.alias(op, flattened, (0, 1))
     return True
+
+
+def _grouped(op: Op) -> bool:
+    """Whether columns of the weights share scales, so that they cannot change places."""
+    scheme = op.attrs.get("schemes", {}).get("weight")
+    return scheme is not None and scheme["granularity"] == "group"
 
 
 def _unsqueeze(layout: Layout, op: Op) -> None:

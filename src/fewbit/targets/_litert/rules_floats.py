@@ -261,6 +261,9 @@ def _pad(layout: Layout, op: Op) -> None:
     name, args = op.inputs[0], op.attrs["args"]
     order = layout.order(name)
     rank = len(order)
+    if args[2] == "reflect":
+        _mirrored(layout, op)
+        return
     flat = [*args[1], *[0] * (2 * rank - len(args[1]))]
     pairs = [flat[2 * (rank - 1 - a) : 2 * (rank - a)] for a in range(rank)]
     grown = {a for a in range(rank) if any(pairs[a])}
@@ -270,6 +273,14 @@ def _pad(layout: Layout, op: Op) -> None:
     layout.emit(op, [layout.where[name][0]], order, attrs=_changed(op, 1, turned))
 
 
+def _mirrored(layout: Layout, op: Op) -> None:
+    """In an order in which torch can do it too: the program's own, or an image with channels last."""
+    if layout.order(op.inputs[0]) == NHWC:
+        emit_image(layout, op, layout.source(op.inputs[0], NHWC))
+    else:
+        in_order(layout, op)
+
+
 def _bilinear(layout: Layout, op: Op) -> None:
     size = list(layout.sizes.shape[op.output][2:])
     args = [{"$": 0}, size, bool(op.attrs["args"][2]), None]
@@ -277,8 +288,8 @@ def _bilinear(layout: Layout, op: Op) -> None:
 
 
 _ANY = (
-    "relu relu6 hardtanh sigmoid tanh elu gelu hardswish leaky_relu exp log sqrt rsqrt abs neg sign square sin cos "
-    "floor ceil round logical_not clamp_min clamp_max"
+    "relu relu6 hardtanh sigmoid tanh gelu hardswish leaky_relu exp log sqrt rsqrt abs neg sign square sin cos "
+    "floor logical_not clamp_min clamp_max"
 )
 _TWO = "maximum minimum atan2 logical_and logical_or floor_divide"
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from fewbit.errors import TargetError
 from fewbit.model.program import Coding, Op, Program
 from fewbit.targets._litert.builder import Builder, Shape
+from fewbit.targets._litert.fusion import fused_clamps
 from fewbit.targets._litert.layout import key
 from fewbit.targets._litert.shapes import sizes
 
@@ -21,6 +22,7 @@ class Writer:
         found = sizes(program)
         self.shapes: dict[str, Shape] = {name: found.signature(name) for name in found.shape}
         self.dtypes = found.dtype
+        self.clamps = fused_clamps(program, found.dtype)
 
     def file(self, metadata: dict[str, bytes]) -> bytes:
         """The file's bytes. Raises ``TargetError`` for an operation that cannot be written."""
@@ -84,6 +86,11 @@ class Writer:
             self.dtypes[name] if coding is None else str(coding.scheme.spec.code_dtype).removeprefix("torch.")
         )
         return self.b.tensor(name, self.shapes[name], dtype, coding)
+
+    def clamped(self, op: Op) -> tuple[str, int]:
+        """The tensor that a float operation computes, and the activation that its operator applies."""
+        name, output = self.clamps.get(op.output, ("NONE", op.output))
+        return self.tensor(output), int(getattr(self.b.s.ActivationFunctionType, name))
 
     def temporary(self, name: str, shape: Shape, dtype: str = "float32", coding: Coding | None = None) -> str:
         """A tensor between the operators of one operation."""
