@@ -15,9 +15,9 @@ from fewbit.model.program import Program
 from fewbit.plan import Row
 from fewbit.targets import Kernel, Runner
 from fewbit.targets._pt2e import archive, inductor
-from fewbit.targets._pt2e.dynamic import per_tensor
 from fewbit.targets._pt2e.export import exported, sample
-from fewbit.targets._pt2e.module import QdqModule
+from fewbit.targets._pt2e.module import QdqModule, visible
+from fewbit.targets._pt2e.styles import ONEDNN
 from fewbit.targets._saturation import portable_bounds
 
 SUFFIX = ".pt2"
@@ -63,7 +63,7 @@ def prepare(program: Program) -> Program:
 
 def write(program: Program, path: Path, metadata: dict[str, str]) -> None:
     """Write the program as a torch.export archive; all sizes stay free that the program leaves open."""
-    module = QdqModule(program, per_tensor)
+    module = QdqModule(program, ONEDNN)
     inputs = sample(program, program.input_shapes, module)
     archive.write(exported(module, inputs, program.input_shapes), module, inputs, path, metadata)
 
@@ -79,14 +79,14 @@ open_exact = open
 def probe(path: Path, inputs: tuple[Tensor, ...], codes: dict[str, str]) -> dict[str, Tensor]:
     """The codes (int32) inside the compiled graph, compiled once more so that it gives them too."""
     program = _program(path)
-    names = [name for name in archive.visible(program) if name in codes]
+    names = [name for name in visible(program) if name in codes]
     values = _runner(program, names)(*inputs)[len(program.output_names()) :]
     return {name: value.to(torch.int32) for name, value in zip(names, values, strict=True)}
 
 
 def coverage(path: Path, program: Program, codes: dict[str, str]) -> list[Kernel]:
     """Which layers oneDNN multiplies as integers, read from the compiler's own graph."""
-    module = QdqModule(program, per_tensor)
+    module = QdqModule(program, ONEDNN)
     inputs = sample(program, program.input_shapes, module)
     return inductor.kernels(program, inductor.products(module, inputs))
 
@@ -98,7 +98,7 @@ def _program(path: Path) -> Program:
 
 
 def _runner(program: Program, codes: list[str] | None = None) -> Runner:
-    module = QdqModule(program, per_tensor, codes or ())
+    module = QdqModule(program, ONEDNN, codes or ())
     functions: dict[tuple[torch.Size, ...], inductor.Compiled] = {}
 
     def answer(*inputs: Tensor) -> list[Tensor]:

@@ -21,7 +21,7 @@ from fewbit.model.program import Program
 from fewbit.targets import Described
 from fewbit.targets._pt2e.export import quiet
 from fewbit.targets._pt2e.layers import bias_unit
-from fewbit.targets._pt2e.module import QdqModule
+from fewbit.targets._pt2e.module import QdqModule, visible
 
 ENTRY = "fewbit.json"
 _WEIGHTS = "data/weights/"
@@ -83,12 +83,6 @@ def read(path: Path) -> Described:
         raise ArtifactError(
             f"{path}: not a sound .pt2 archive ({type(error).__name__}: {error!s:.200})"
         ) from error
-
-
-def visible(program: Program) -> list[str]:
-    """Values whose codes can be shown; parts of a split are shown one by one, not as the list they come in."""
-    lists = {op.inputs[0] for op in program.ops if op.kind == "getitem"}
-    return [op.output for op in program.ops if op.output in program.codings and op.output not in lists]
 
 
 def _entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:

@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from fewbit.model.program import Program
 from fewbit.model.torch_export import first_line, without_fast_path
 
 BATCH = 16  # of the inputs that a program is traced with: torch takes smaller ones for a reason to choose other kernels
+LARGEST_SIZE = 256  # of a free dimension that is not the batch, where a runtime wants to know
 _SIZES = (16, 32, 64, 128, 224, 8, 4)
 
 Shapes = list[tuple[int | None, ...]]
@@ -71,13 +71,9 @@ def _inputs(program: Program, shapes: Shapes, size: int) -> tuple[Tensor, ...]:
 def exported(
     module: nn.Module, inputs: tuple[Tensor, ...], shapes: Shapes, largest: int | None = None
 ) -> ExportedProgram:
-    """The module's graph; sizes that ``shapes`` leaves open stay free, the first one up to ``largest``."""
+    """The module's graph; sizes that ``shapes`` leaves open stay free, with limits if there is a ``largest`` batch."""
     free = [
-        {
-            i: Dim.AUTO(min=1, max=largest) if i == 0 and largest else Dim.AUTO
-            for i, s in enumerate(shape)
-            if s is None
-        }
+        {i: Dim.AUTO(min=1, max=_limit(i, largest)) for i, s in enumerate(shape) if s is None}
         for shape in shapes
     ]
     try:
@@ -85,6 +81,10 @@ def exported(
             return torch.export.export(module, inputs, dynamic_shapes=(tuple(free),) if any(free) else None)
     except Exception as error:
         raise TargetError(f"torch.export cannot trace the quantized model ({first_line(error)})") from error
+
+
+def _limit(axis: int, largest: int | None) -> int | None:
+    return None if largest is None else largest if axis == 0 else LARGEST_SIZE
 
 
 @contextmanager
@@ -113,9 +113,3 @@ def mute() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nothing)
-
-
-def run(function: Any, *arguments: Any) -> Any:
-    """A tool called in silence, without gradients."""
-    with quiet(), torch.no_grad():
-        return function(*arguments)

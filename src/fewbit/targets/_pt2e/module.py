@@ -5,7 +5,8 @@ kernel. Weights stay int8 constants in front of a ``dequantize_per_channel``.
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -23,32 +24,36 @@ _POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d}
 _INTEGERS: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg")
 }
+_RESHAPES = ("aten.view.default", "aten.reshape.default", "aten.flatten.using_ints", "aten.unflatten.int")
 _TAKES_CLAMP = ("conv", "linear", "clip")  # what a clamp may follow without a quantize step in between
 
-DynamicInput = Callable[[Op, Tensor], Tensor]
-"""Quantizes a layer's input with its own range and dequantizes it again, as one runtime recognises it."""
+
+@dataclass(frozen=True)
+class Style:
+    """What one runtime recognises: how inputs are quantized at run time, and other forms of some operators.
+
+    ``decoded`` keeps the weights of float layers as float numbers, where the runtime cannot multiply by their codes.
+    """
+
+    dynamic: Callable[[Op, Tensor], Tensor]
+    calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    decoded: bool = False
 
 
 class QdqModule(nn.Module):
     """Calling it with the model's inputs gives the program's outputs as a flat tuple.
 
-    ``dynamic``: how inputs are quantized at run time; None leaves them float. ``codes``: values whose codes are given
-    too, after the outputs. ``decoded`` keeps the weights of float layers as float numbers, not as codes.
+    ``codes``: values whose codes are given too, after the outputs.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        dynamic: DynamicInput | None,
-        codes: Sequence[str] = (),
-        decoded: bool = False,
-    ) -> None:
+    def __init__(self, program: Program, style: Style, codes: Sequence[str] = ()) -> None:
         super().__init__()
         self.program = program
+        self.style = style
         self.codes = tuple(codes)
-        self.dynamic = dynamic
         for i, op in enumerate(program.ops):
-            self.add_module(f"op{i}", layer(op, decoded) if op.kind == "module" else Constants(op, program))
+            own = layer(op, style.decoded) if op.kind == "module" else Constants(op, program)
+            self.add_module(f"op{i}", own)
         self.eval()
 
     def forward(self, *inputs: Tensor) -> tuple[Any, ...]:
@@ -74,13 +79,13 @@ class QdqModule(nn.Module):
         if op.domain == "shares":
             return self._shares(op, inputs)
         if op.kind.startswith("dynamic_"):
-            x = inputs[0] if self.dynamic is None else self.dynamic(op, inputs[0])
+            x = self.style.dynamic(op, inputs[0])
             return _linear(op, own, x) if op.kind == "dynamic_linear" else _conv(op, own, x)
         if op.kind == "module":
             return own(*decode_args(op.attrs["args"], inputs))
         if op.kind == "integers":
             return _INTEGERS[op.attrs["target"]](*decode_args(op.attrs["args"], inputs))
-        return call(op.attrs, inputs)
+        return self._call(op.attrs, inputs)
 
     def _integer(self, op: Op, own: Any, xs: list[Tensor]) -> Tensor:
         """An integer operation in float, and its result as codes."""
@@ -107,10 +112,30 @@ class QdqModule(nn.Module):
         x = floats(inputs[0], coding)
         if op.kind == "rescale":
             return quantized(x * (out.scale / coding.scale), out)
-        result = call(op.attrs, [x, *inputs[1:]])
+        result = self._call(op.attrs, [x, *inputs[1:]])
         if isinstance(result, list | tuple):
             return [quantized(part, out) for part in result]
         return quantized(result, out)
+
+    def _call(self, attrs: dict[str, Any], inputs: list[Any]) -> Any:
+        """An aten operator as a program describes it."""
+        sizes = attrs["type"][1] if attrs.get("type", [""])[0] == "float32" else []
+        if attrs["target"] in _RESHAPES and sizes.count(None) == 1:
+            return inputs[0].reshape([-1 if size is None else size for size in sizes])
+        function = self.style.calls.get(attrs["target"]) or aten(attrs["target"])
+        return function(*decode_args(attrs["args"], inputs), **keywords(attrs, inputs))
+
+
+def keywords(attrs: dict[str, Any], inputs: list[Any]) -> dict[str, Any]:
+    """An operator's keyword arguments; what JSON does not know was left out as None."""
+    given = {name: decode_args(value, inputs) for name, value in attrs["kwargs"].items()}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def visible(program: Program) -> list[str]:
+    """Values whose codes can be shown; parts of a split are shown one by one, not as the list they come in."""
+    lists = {op.inputs[0] for op in program.ops if op.kind == "getitem"}
+    return [op.output for op in program.ops if op.output in program.codings and op.output not in lists]
 
 
 # ---- between floats and codes ----------------------------------------------------------------------------------------
@@ -139,13 +164,6 @@ def _arguments(coding: Coding) -> tuple[float, int, int, int, torch.dtype]:
     dtype = coding.scheme.spec.code_dtype
     limits = torch.iinfo(dtype)
     return coding.scale, coding.zero_point, limits.min, limits.max, dtype
-
-
-def call(attrs: dict[str, Any], inputs: list[Any]) -> Any:
-    """An aten operator as a program describes it."""
-    kwargs = {name: decode_args(value, inputs) for name, value in attrs["kwargs"].items()}
-    kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    return aten(attrs["target"])(*decode_args(attrs["args"], inputs), **kwargs)
 
 
 def _fuses(op: Op, out: Coding) -> bool:
@@ -191,17 +209,30 @@ def _avg_pool(op: Op, own: Any, xs: list[Tensor]) -> Tensor:
     return _POOLS[len(op.attrs["kernel"])](xs[0], op.attrs["kernel"], op.attrs["stride"])
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """A matrix product; batches of matrices of the same sizes in one axis, which leaves one free size at most."""
+    if a.dim() != b.dim() or a.dim() < 4 or a.shape[1:-2] != b.shape[1:-2]:
+        return torch.matmul(a, b)
+    rows = torch.bmm(*(x.reshape(-1, *x.shape[-2:]) for x in (a, b)))
+    return rows.reshape(-1, *a.shape[1:-1], b.shape[-1])
+
+
+def _function(function: dict[str, Any], xs: list[Tensor]) -> Tensor:
+    values: Tensor = aten(function["target"])(*decode_args(function["args"], xs), **keywords(function, xs))
+    return values
+
+
 _INTEGER: dict[str, Callable[[Op, Any, list[Tensor]], Tensor]] = {
     "conv": lambda op, own, xs: _conv(op, own, xs[0]),
     "linear": lambda op, own, xs: _linear(op, own, xs[0]),
-    "matmul": lambda op, own, xs: torch.matmul(*xs),
+    "matmul": lambda op, own, xs: product(*xs),
     "add": lambda op, own, xs: xs[0] + xs[1],
     "mul": lambda op, own, xs: xs[0] * xs[1],
     "avg_pool": _avg_pool,
     "global_avg_pool": _global_avg_pool,
     "concat": lambda op, own, xs: torch.cat(xs, op.attrs["axis"]),
     "softmax": lambda op, own, xs: torch.softmax(xs[0], -1),
-    "table": lambda op, own, xs: call(op.attrs["function"], xs),
+    "table": lambda op, own, xs: _function(op.attrs["function"], xs),
     "clip": lambda op, own, xs: xs[0],
     "pad": lambda op, own, xs: F.pad(xs[0], op.attrs["pad"]),
 }

@@ -1,4 +1,4 @@
-"""Inputs quantized at run time, in the forms that the runtimes' integer kernels are recognised by."""
+"""What differs between oneDNN and XNNPACK: inputs quantized at run time, attention, weights of float layers."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fewbit.model.program import Op
+from fewbit.targets._pt2e.module import Style, product
 
 _OPS: Any = torch.ops.quantized_decomposed
 _SMALLEST_SCALE = torch.finfo(torch.float32).eps
@@ -31,3 +32,27 @@ def per_row(op: Op, x: Tensor) -> Tensor:
     codes = _OPS.quantize_per_token(x, scale, zero_point, -128, 127, torch.int8)
     rows: Tensor = _OPS.dequantize_per_token(codes, scale, zero_point, -128, 127, torch.int8, torch.float32)
     return rows
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention in plain products: ExecuTorch's own form of it guards against masks that hide everything."""
+    if is_causal or enable_gqa or (attn_mask is not None and attn_mask.dtype == torch.bool):
+        plain = torch.nn.functional.scaled_dot_product_attention
+        return plain(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    factor = torch.tensor([query.shape[-1] ** -0.5 if scale is None else scale])
+    scores = product(query * factor, key.transpose(-2, -1))
+    return product(torch.softmax(scores if attn_mask is None else scores + attn_mask, -1), value)
+
+
+ONEDNN = Style(per_tensor)
+XNNPACK = Style(per_row, {"aten.scaled_dot_product_attention.default": attention}, decoded=True)
