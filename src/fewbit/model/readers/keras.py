@@ -67,7 +67,7 @@ def read_model(model: Any, example: Any = None) -> fx.GraphModule:
     with untouched():
         gm = read(build(model, inputs, notes), inputs, dynamic_shapes=_dynamic(model))
         _prove(gm, model, inputs)
-    gm.meta["notes"] = [*notes, *gm.meta["notes"]]
+    gm.meta["notes"] = [*notes, *gm.meta["notes"], *_fixed(model, gm)]
     gm.meta["example"] = inputs
     gm.meta["source"] = f"Keras {keras.__version__} model {model.name}"
     return gm
@@ -96,6 +96,16 @@ def _dynamic(model: Any) -> tuple[dict[int, Any], ...]:
         }
         for t in model.inputs
     )
+
+
+def _fixed(model: Any, gm: fx.GraphModule) -> list[str]:
+    """What Keras leaves open and the graph does not: recurrent layers and pictures are read for one size."""
+    return [
+        f"axis {d} of input {name!r} is fixed at {size}: give an example of the size that you need"
+        for (name, sizes), t in zip(gm.meta["dynamic"].items(), model.inputs, strict=True)
+        for d, (size, declared) in enumerate(zip(sizes, t.shape, strict=True))
+        if declared is None and isinstance(size, int)
+    ]
 
 
 def _prove(gm: fx.GraphModule, model: Any, example: tuple[Tensor, ...]) -> None:
