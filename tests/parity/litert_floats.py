@@ -1,6 +1,8 @@
 """The real path of a float model into LiteRT: read, lower, prepare, write, run with both kinds of kernels, compare."""
 
+import importlib
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from fewbit.plan.plan import Plan
 from fewbit.targets._litert.prepare import prepare
 from fewbit.targets._litert.runtime import Session
 from fewbit.targets._litert.writer import Writer
+
+Function = Callable[..., Any]
 
 
 def lowered(module: nn.Module, *inputs: Tensor) -> Program:
@@ -79,22 +83,32 @@ def check(module: nn.Module, *inputs: Tensor, tolerance: float = 1e-4) -> tuple[
     return prepared, content
 
 
-class Apply(nn.Module):
-    """A model that is one function of its inputs."""
+def kinds(content: bytes) -> list[str]:
+    """The operators of a file, in order."""
+    schema = importlib.import_module("ai_edge_litert.schema_py_generated")
+    model = schema.ModelT.InitFromPackedBuf(content)
+    names = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
+    return [names[model.operatorCodes[op.opcodeIndex].builtinCode] for op in model.subgraphs[0].operators]
 
-    def __init__(self, function: Any) -> None:
+
+class Functions(nn.Module):
+    """Several functions of the same inputs, as one model with one output each."""
+
+    def __init__(self, functions: Sequence[Function]) -> None:
         super().__init__()
-        self.function = function
+        self.functions = list(functions)
 
+
+class One(Functions):
     def forward(self, x: Tensor) -> Any:
-        return self.function(x)
+        return [f(x) for f in self.functions]
 
 
-class Two(Apply):
+class Two(Functions):
     def forward(self, x: Tensor, y: Tensor) -> Any:
-        return self.function(x, y)
+        return [f(x, y) for f in self.functions]
 
 
-class Three(Apply):
+class Three(Functions):
     def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Any:
-        return self.function(x, y, z)
+        return [f(x, y, z) for f in self.functions]

@@ -100,6 +100,25 @@ def _arg(name: str, table: str) -> Write:
     return write
 
 
+def _topk(w: Writer, op: Op) -> None:
+    """Both results at once; the places as int32, which torch has as int64."""
+    count = w.b.constant(f"{op.output}/k", np.asarray(op.attrs["args"][1], np.int32), shape=())
+    taken = {
+        o.attrs["index"]: o.output for o in w.program.ops if o.kind == "getitem" and o.inputs == [op.output]
+    }
+    shape = w.shapes[next(iter(taken.values()))]
+    values = w.tensor(taken[0]) if 0 in taken else w.temporary(f"{op.output}/values", shape)
+    places = w.temporary(f"{op.output}/places", shape, "int32")
+    w.b.operator("TOPK_V2", [op.inputs[0], count], [values, places], ("TopKV2Options", {}), 1)
+    if 1 in taken:
+        kinds = {"inDataType": _type(w, "int32"), "outDataType": _type(w, "int64")}
+        w.b.operator("CAST", [places], [w.tensor(taken[1])], ("CastOptions", kinds), 1)
+
+
+def _written_already(w: Writer, op: Op) -> None:
+    """One of several results: the operator that computes it has its tensor."""
+
+
 def _cumsum(w: Writer, op: Op) -> None:
     axis = w.b.constant(f"{op.output}/axis", np.asarray(op.attrs["args"][1], np.int32))
     w.b.operator("CUMSUM", [op.inputs[0], axis], [w.tensor(op.output)], ("CumsumOptions", {}), 1)
@@ -225,6 +244,8 @@ FLOAT_OPERATORS: dict[str, Write] = {
     "aten.argmin.default": _arg("ARG_MIN", "ArgMinOptions"),
     "aten.softmax.int": _plain("SOFTMAX", "SoftmaxOptions", beta=1.0),
     "aten.log_softmax.int": _plain("LOG_SOFTMAX", "LogSoftmaxOptions"),
+    "aten.topk.default": _topk,
+    "getitem": _written_already,
     "aten.cumsum.default": _cumsum,
     "aten.flip.default": _flip,
     "aten.cat.default": _cat,

@@ -41,6 +41,9 @@ class Layout:
         self.codings: dict[str, Coding] = {}
         self.users: dict[str, list[Op]] = {}
         self.constants: dict[str, Tensor] = {}
+        self.rows: dict[
+            str, str
+        ] = {}  # rows of numbers, and the images one high that they were flattened from
         self._made: dict[tuple[str, Any], str] = {}
 
     def run(self) -> Program:
@@ -93,7 +96,7 @@ class Layout:
         made = self._made.get((stored, tuple(axes)))
         if made is None:
             turned = tuple(shape[a] for a in axes)
-            made = f"{stored}_{''.join(map(str, wanted))}"
+            made = f"{stored}_{''.join(map(str, axes))}"
             if moved == sorted(moved):  # only sizes of 1 move: the numbers stay where they are
                 made = self.reshape(stored, turned, name=made)
             else:

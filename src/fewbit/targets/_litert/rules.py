@@ -15,8 +15,11 @@ Rule = Callable[[Layout, Op], None]
 
 def elementwise(layout: Layout, op: Op) -> None:
     """One input, any order."""
-    name = op.inputs[0]
-    layout.emit(op, [layout.source(name, layout.order(name))], layout.order(name))
+    stored, order = layout.where[op.inputs[0]]
+    if stored in layout.rows:
+        _emit_row(layout, op, [layout.rows[stored]])
+    else:
+        layout.emit(op, [stored], order)
 
 
 def in_order(layout: Layout, op: Op) -> None:
@@ -40,7 +43,12 @@ def binary(layout: Layout, op: Op) -> None:
     order = next(
         (layout.order(n) for n in full if layout.where[n][0] not in layout.constants), None
     ) or identity(layout, op.output)
-    layout.emit(op, [widened(layout, n, order) for n in op.inputs], order)
+    sources = [widened(layout, n, order) for n in op.inputs]
+    computed = [s for s in sources if s not in layout.constants]
+    if order == NLC and computed and all(s in layout.rows for s in computed):
+        _emit_row(layout, op, [layout.rows.get(s, s) for s in sources])
+    else:
+        layout.emit(op, sources, order)
 
 
 def widened(layout: Layout, name: str, order: Order) -> str:
@@ -73,10 +81,9 @@ def image(layout: Layout, name: str) -> str:
     if layout.rank(name) != 3:
         raise TargetError(f"{name}: {layout.rank(name) - 2}-d images have no operation in LiteRT")
     stored = layout.source(name, NLC)
+    if stored in layout.rows:
+        return layout.rows[stored]  # the image that was flattened a moment ago
     n, length, channels = layout.stored[stored]
-    origin = next((o for o in layout.ops if o.output == stored), None)
-    if origin is not None and origin.kind == "aten.reshape.default" and stored.endswith("_row"):
-        return origin.inputs[0]  # the image that was flattened a moment ago
     name = f"{stored}_image"
     return name if name in layout.stored else layout.reshape(stored, (n, 1, length, channels), name)
 
@@ -87,11 +94,17 @@ def emit_image(layout: Layout, op: Op, source: str, **changes: Any) -> None:
     if layout.rank(op.output) == 4:
         layout.emit(op, [source], NHWC, attrs=attrs, **changes)
         return
+    _emit_row(layout, op, [source], attrs=attrs, **changes)
+
+
+def _emit_row(layout: Layout, op: Op, sources: list[str], **changes: Any) -> None:
+    """An operation on images one row high, whose output is seen as rows: the image is kept for what comes next."""
     n, channels, length = layout.sizes.signature(op.output)
     flat = f"{op.output}_flat"
-    layout.emit(op, [source], (0,), name=flat, attrs=attrs, **changes)
+    layout.emit(op, sources, (0,), name=flat, **changes)
     layout.stored[flat] = (n, 1, length, channels)
     row = layout.reshape(flat, (n, length, channels), f"{op.output}_row", op)
+    layout.rows[row] = flat
     layout.alias(op, row, NLC)
 
 
@@ -275,6 +288,7 @@ RULES: dict[str, Rule] = {
     "dequantize": elementwise,
     "table": elementwise,
     "clip": elementwise,
+    "requantize": elementwise,
     "rescale": elementwise,
     "constant": _constant,
     "add": binary,

@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Any
 
+from fewbit.errors import TargetError
 from fewbit.model.program import Op
 from fewbit.targets._litert.floats_windows import paddings, per_dim
-from fewbit.targets._litert.layout import NHWC, FixedBatch, Layout
+from fewbit.targets._litert.layout import NHWC, FixedBatch, Layout, key
+from fewbit.targets._litert.moves import MOVES
 from fewbit.targets._litert.rules import (
     Rule,
     binary,
@@ -60,6 +62,27 @@ def _last_axis(layout: Layout, op: Op) -> None:
     if order[-1] != axis:
         order = (*(a for a in order if a != axis), axis)
     layout.emit(op, [layout.source(name, order)], order, attrs=_changed(op, 1, -1))
+
+
+def _topk(layout: Layout, op: Op) -> None:
+    """Two results, each taken by an operation of its own."""
+    args = op.attrs["args"]
+    rank = layout.rank(op.inputs[0])
+    if op.attrs["kwargs"] or (len(args) > 3 and not args[3]):
+        raise TargetError(f"{op.layer or op.node}: LiteRT finds the largest numbers, not the smallest")
+    axis = (int(args[2]) if len(args) > 2 else -1) % rank
+    order = (*(a for a in range(rank) if a != axis), axis)
+    attrs = op.attrs | {"args": [args[0], args[1], -1]}
+    layout.ops.append(dataclasses.replace(op, inputs=[layout.source(op.inputs[0], order)], attrs=attrs))
+    layout.where[op.output] = (op.output, order)
+
+
+def _getitem(layout: Layout, op: Op) -> None:
+    source = next((o for o in reversed(layout.ops) if o.output == op.inputs[0]), None)
+    if source is None or key(source) != "aten.topk.default":
+        MOVES["getitem"](layout, op)
+    else:
+        layout.emit(op, list(op.inputs), layout.order(op.inputs[0]))
 
 
 def _cat(layout: Layout, op: Op) -> None:
@@ -313,7 +336,8 @@ FLOAT_RULES: dict[str, Rule] = {
     "aten.argmin.default": _reduce,
     "aten.softmax.int": _last_axis,
     "aten.log_softmax.int": _last_axis,
-    "aten.topk.default": _last_axis,
+    "aten.topk.default": _topk,
+    "getitem": _getitem,
     "aten.cumsum.default": _along,
     "aten.flip.default": _along,
     "aten.cat.default": _cat,
