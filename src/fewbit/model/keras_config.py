@@ -113,7 +113,9 @@ def reason(class_name: str) -> str:
     if class_name in CODE:
         return f"{class_name}: runs Python code from the file, which is never done"
     if class_name == "Masking":
-        return "Masking: no runtime leaves out masked steps"
+        return "Masking: steps cannot be left out, give sequences of one length"
+    if class_name in OPERATORS:
+        return f"{class_name}: an operator, which Keras writes to .h5 files but cannot load from them: save as .keras"
     return f"{class_name}: unknown to this reader"
 
 

@@ -18,6 +18,10 @@ from fewbit.model.keras_operators import MASKS, OPERATORS
 from fewbit.model.keras_weights import tensor
 
 Rule = Callable[..., Any]
+MASKED = (
+    "leaves out the steps that a mask marks, expected none: use mask_zero=False and no Masking layer, and give "
+    "sequences of one length"
+)
 
 
 def build(model: Any, example: tuple[Tensor, ...], notes: list[str]) -> fx.GraphModule:
@@ -85,15 +89,6 @@ def uses_mask(layer: Any) -> bool:
 
 def call(b: Assembly, layer: Any, path: str, args: Any, kwargs: Any) -> list[Value]:
     """What one layer gives for these arguments, among which are values."""
-    masked = [
-        name for name, value in kwargs.items() if name.endswith("mask") and not isinstance(value, bool | None)
-    ]
-    if masked and uses_mask(layer):
-        raise ModelError(
-            f"{path} ({type(layer).__name__}) leaves out the steps that a mask marks: expected a model without masks, "
-            "which no runtime that fewbit writes for has; use mask_zero=False and no Masking layer, and give "
-            "sequences of one length"
-        )
     if hasattr(graph_of(layer), "_nodes_by_depth"):
         return run(b, layer, f"{path}.", _flat(args[0]))
     rule = rule_of(type(layer))
@@ -147,21 +142,23 @@ def check(model: Any, where: str) -> None:
         raise ModelError(
             f"{where} has no input shape yet: put keras.Input(shape) in front of its layers, or build it"
         )
-    if found := [problem for layer in _inside(model) for problem in _problems(layer)]:
+    if found := list(_inside(model)):
         refuse(where, found)
 
 
-def _inside(model: Any) -> Iterator[Any]:
-    """The layers and operators that the outputs depend on, once each, those of nested models too."""
-    for operation in dict.fromkeys(node.operation for node in needed(graph_of(model))):
+def _inside(model: Any) -> Iterator[str]:
+    """What is wrong with the calls that the outputs depend on, those of nested models too."""
+    nodes = needed(graph_of(model))
+    for node in nodes:
+        if masks_of(node.arguments.kwargs) and uses_mask(node.operation):
+            yield f"{node.operation.name!r} ({type(node.operation).__name__}: {MASKED})"
+    for operation in dict.fromkeys(node.operation for node in nodes):
         if hasattr(graph_of(operation), "_nodes_by_depth"):
             yield from _inside(operation)
-        else:
-            yield operation
-            inner = (
-                getattr(operation, "layer", None) if type(operation).__name__ == "TimeDistributed" else None
-            )
-            yield from () if inner is None else [inner]
+            continue
+        yield from _problems(operation)
+        if type(operation).__name__ == "TimeDistributed":
+            yield from _problems(operation.layer)
 
 
 def _problems(layer: Any) -> Iterator[str]:
