@@ -14,7 +14,9 @@ from fewbit.model.readers.onnx import read_file
 
 
 class Recurrent(nn.Module):
-    def __init__(self, cls: type[nn.RNNBase], both: bool, layers: int = 1, first: bool = True, **settings: Any) -> None:
+    def __init__(
+        self, cls: type[nn.RNNBase], both: bool, layers: int = 1, first: bool = True, **settings: Any
+    ) -> None:
         super().__init__()
         self.rnn = cls(5, 7, layers, bidirectional=both, batch_first=first, **settings)
         self.fc = nn.Linear(14 if both else 7, 3)
@@ -123,6 +125,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def test_an_exported_model_answers_as_the_module(name: str, dynamo: bool, tmp_path: Path) -> None:
     if dynamo:
         pytest.importorskip("onnxscript")
+        if name.startswith(("lstm-", "gru", "rnn")):
+            pytest.skip("the new exporter is slow: one recurrent layer is enough")
     make, shape = MODELS[name]
     module = make().eval()
     x = torch.randint(0, 11, shape) if name == "words" else torch.randn(shape)
@@ -138,4 +142,5 @@ def test_an_exported_model_answers_as_the_module(name: str, dynamo: bool, tmp_pa
     kinds = nn.LSTM | nn.GRU | nn.Conv1d | nn.Conv2d | nn.Embedding
     layers = {type(m) for m in module.modules() if isinstance(m, kinds)}
     assert layers == {type(m) for m in gm.modules() if isinstance(m, tuple(layers) or ())}
-    assert not any("sym_size" in str(n.target) for n in gm.graph.nodes) or name in ("vit", "lstm-two"), gm.graph
+    sizes = any("sym_size" in str(n.target) for n in gm.graph.nodes)
+    assert not sizes or name == "vit", f"arithmetic of sizes is left: {gm.graph}"

@@ -85,7 +85,8 @@ RESIZES = [
       for n in ("floor", "ceil", "round_prefer_floor", "round_prefer_ceil")),
     *(Case("Resize", X4, ["", s([1, 1, 0.7, 1.6])], {"mode": m, "coordinate_transformation_mode": t}, opset=13)
       for m in ("nearest", "linear") for t in ("asymmetric", "half_pixel", "pytorch_half_pixel", "align_corners")),
-    *(Case("Resize", (3, 4, 8, 7), ["", "", i(3, 4, 5, 13)], {"mode": m, "coordinate_transformation_mode": t}, opset=13, name="s")
+    *(Case("Resize", (3, 4, 8, 7), ["", "", i(3, 4, 5, 13)], {"mode": m, "coordinate_transformation_mode": t},
+           opset=13, name="s")
       for m in ("nearest", "linear", "cubic") for t in ("half_pixel", "align_corners")),
     Case("Resize", X4, ["", s([2, 2])], {"mode": "linear", "axes": [2, 3]}, opset=18),
     Case("Resize", (N, 3, "H", "W"), ["", s([1, 1, 2, 2])], {"coordinate_transformation_mode": "asymmetric",

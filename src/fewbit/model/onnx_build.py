@@ -198,7 +198,7 @@ class Builder:
 
         Not so for norms: exporters store equal tensors once, and untrained norms are all equal.
         """
-        norm = "running_mean" in weights
+        norm = "Norm" in cls.__name__
         present = {k: c for k, c in weights.items() if c is not None}
         held = tuple((k, _place_of(c.array)) for k, c in present.items())
         key = (cls, held, repr(sorted(settings.items())))
@@ -246,9 +246,12 @@ class Builder:
                     return False
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
-        if hasattr(owner, leaf):
+        scope = owner._modules.get(leaf)
+        if hasattr(owner, leaf) and not (type(scope) is nn.Module and isinstance(value, nn.Module)):
             return False
         if isinstance(value, nn.Module):
+            for child, module in scope.named_children() if scope is not None else ():
+                value.add_module(child, module)
             owner.add_module(leaf, value)
         elif isinstance(value, nn.Parameter):
             owner.register_parameter(leaf, value)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewbit.errors import FewbitError, ModelError
 from fewbit.model import (
+    onnx_codes,
     onnx_functions,
     onnx_gathers,
     onnx_layers,
@@ -24,6 +25,7 @@ from fewbit.model.onnx_graph import SUBGRAPHS, Graph, Node
 from fewbit.model.torch_export import first_line
 
 OPERATORS: dict[str, Callable[[Call], Any]] = {
+    **onnx_codes.RULES,
     **onnx_functions.RULES,
     **onnx_gathers.RULES,
     **onnx_layers.RULES,
@@ -74,7 +76,7 @@ def network(graph: Graph, example: tuple[Tensor, ...]) -> Network:
         for name in dict.fromkeys(node.inputs):
             consumers.setdefault(name, []).append(node)
     done: set[Node] = set()
-    for node in graph.nodes:
+    for node in sorted(graph.nodes, key=lambda node: node.op != "Constant"):
         if node not in done:
             done |= _convert(builder, node, graph, consumers)
     return builder.network(graph.outputs)

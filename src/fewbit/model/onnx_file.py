@@ -202,7 +202,7 @@ def array(tensor: Any, path: Path) -> np.ndarray:
     if bits >= 8:
         return np.frombuffer(raw, dtype).reshape(dims).copy()
     whole = onnx.TensorProto(data_type=tensor.data_type, dims=dims, raw_data=raw, name=tensor.name)
-    return onnx.numpy_helper.to_array(whole)
+    return _widened(onnx.numpy_helper.to_array(whole))
 
 
 def _fields(
@@ -220,9 +220,19 @@ def _fields(
             "export the model again"
         )
     try:
-        return onnx.numpy_helper.to_array(tensor).reshape(dims)
+        return _widened(onnx.numpy_helper.to_array(tensor).reshape(dims))
     except Exception as error:
         raise ArtifactError(f"{name} cannot be read ({_first(error)}): damaged") from error
+
+
+def _widened(values: np.ndarray) -> np.ndarray:
+    """Integers of fewer than 8 bits, which NumPy does not have, in 8; floats of fewer than 32 that it does not have."""
+    if values.dtype.kind != "V":
+        return values
+    kind = str(values.dtype)
+    return values.astype(
+        np.uint8 if kind.startswith("uint") else np.int8 if kind.startswith("int") else np.float32
+    )
 
 
 def _mapped(tensor: Any, path: Path, expected: int, name: str) -> np.ndarray:

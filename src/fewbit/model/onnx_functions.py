@@ -54,9 +54,23 @@ def _binary(function: Callable[..., Any], of_sizes: Callable[[Any, Any], Any]) -
         if c.is_size(0, 1):
             operands = [size_operand(c, i) for i in (0, 1)]
             return c.apply(functools.partial(onnx_sizes.each, of_sizes), *operands)
-        return c.apply(function, *_operands(c))
+        return _calculated(c, function)
 
     return rule
+
+
+def _calculated(c: Call, function: Callable[..., Any]) -> Any:
+    """The function of both operands; a calculated size among them is a number."""
+    sizes = [isinstance(o, Value) and o.is_size and o.example.size == 1 for o in (c.raw(0), c.raw(1))]
+    if any(sizes) and not all(sizes):
+        return c.apply(
+            functools.partial(_with_size, function), *(c.raw(i) if sizes[i] else c[i] for i in (0, 1))
+        )
+    return c.apply(function, *_operands(c))
+
+
+def _with_size(function: Callable[..., Any], *operands: Any) -> Any:
+    return function(*(o if isinstance(o, Tensor) else onnx_sizes.listed(o)[0] for o in operands))
 
 
 def _operands(c: Call) -> list[Any]:

@@ -281,7 +281,7 @@ def _response_norm(c: Call) -> Any:
     size = int(c.attr("size", 0))
     if size % 2 != 1:
         raise c.error(f"size {size}: expected an odd number of channels")
-    settings = {"alpha": float(c.attr("alpha", 1e-4)), "beta": float(c.attr("beta", 0.75))}
+    settings: dict[str, Any] = {"alpha": float(c.attr("alpha", 1e-4)), "beta": float(c.attr("beta", 0.75))}
     return c.apply(F.local_response_norm, c[0], size=size, k=float(c.attr("bias", 1.0)), **settings)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import keyword
 import re
 
-_WEIGHT = re.compile(r"^(.+)[./](?:weight|kernel|W)(?::0)?$")
-_SCOPED = re.compile(r"^(.+)[./](?:bias)(?::0)?$")
+_WEIGHT = re.compile(r"^(.+)(?:[./](?:weight|kernel|W)|_weight)(?::0)?$")
+_BIAS = re.compile(r"^(.+)(?:[./]bias|_bias)(?::0)?$")
 _MADE_UP = re.compile(r"^(onnx::|const_fold|_v_|val_|\d+$)|/ReadVariableOp")
 
 
 def layer_name(node: str, op: str, weight: str = "", bias: str = "") -> str:
     """A dotted name for a layer: what its weight is called before ".weight", else its node's scope."""
-    for name, pattern in ((weight, _WEIGHT), (bias, _SCOPED)):
+    for name, pattern in ((weight, _WEIGHT), (bias, _BIAS)):
         found = pattern.match(name)
         if found and not _MADE_UP.search(name):
             return dotted(found.group(1))

@@ -79,7 +79,9 @@ def _weights(c: Call, order: list[int], directions: int) -> tuple[dict[str, Cons
             parts |= {"bias_ih": b[at][: gates * hidden], "bias_hh": b[at][gates * hidden :]}
         for name, array in parts.items():
             blocks = np.split(array, gates)
-            made[f"{name}_l0{suffix}"] = Constant(np.concatenate([blocks[i] for i in order]), "")
+            made[f"{name}_l0{suffix}"] = Constant(
+                np.concatenate([blocks[i] for i in order]), c.node.inputs[1]
+            )
     return made, hidden
 
 
@@ -101,18 +103,15 @@ def _sequence(c: Call, sequence: Operand, directions: int, hidden: int) -> Opera
     """
     output = c.node.outputs[0]
     node = c.only_consumer(output)
-    if directions == 1:
-        if node is not None and node.op == "Squeeze" and _constants(c, node) == [1]:
-            c.absorbed[node] = sequence
-        return c.apply(torch.unsqueeze, sequence, dim=1)
+    if directions == 1 and node is not None and node.op == "Squeeze" and _constants(c, node) == [1]:
+        c.absorbed[node] = sequence
     if node is not None and node.op == "Transpose" and node.attrs.get("perm") == [0, 2, 1, 3]:
         last = c.only_consumer(node.outputs[0])
-        if (
-            last is not None
-            and last.op == "Reshape"
-            and _constants(c, last) in ([0, 0, -1], [0, 0, 2 * hidden])
-        ):
+        whole = ([0, 0, -1], [0, 0, directions * hidden])
+        if last is not None and last.op == "Reshape" and _constants(c, last) in whole:
             c.absorbed[last] = sequence
+    if directions == 1:
+        return c.apply(torch.unsqueeze, sequence, dim=1)
     return c.apply(_by_direction, sequence, directions=directions)
 
 

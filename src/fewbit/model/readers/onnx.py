@@ -13,7 +13,9 @@ from fewbit.model.onnx_build import Network
 from fewbit.model.onnx_convert import check_operators, network
 from fewbit.model.onnx_file import open_model, opset
 from fewbit.model.onnx_graph import Graph, graph_of
-from fewbit.model.onnx_proof import Source
+from fewbit.model.onnx_precision import float32_twin, other_floats
+from fewbit.model.onnx_proof import Source, outputs
+from fewbit.model.onnx_quantized import float_twin, is_quantized
 from fewbit.model.onnx_standard import standard
 
 SUFFIXES = (".onnx",)
@@ -32,13 +34,34 @@ def read_file(path: Path, example: Any = None) -> fx.GraphModule:
     """
     path = Path(path)
     model = open_model(path)
-    graph = graph_of(model, path)
+    twin, record = float_twin(model, path) if is_quantized(model) else (model, {})
+    twin = float32_twin(twin) if other_floats(twin) else twin
+    graph = graph_of(twin, path)
     check_operators(graph)
     inputs, module = _built(graph, example)
-    gm = standard(module, graph, Source(model, graph, path), inputs)
+    gm = standard(module, graph, Source(twin, graph, path, changed=twin is not model), inputs)
+    if record:
+        gm.meta["notes"] += _rounding_left_out(gm, Source(model, graph_of(model, path), path), inputs)
+    gm.meta["quantization"] = record
     gm.meta["example"] = inputs
     gm.meta["source"] = f"ONNX file {path.name}, opset {opset(model)}"
     return gm
+
+
+def _rounding_left_out(gm: fx.GraphModule, source: Source, inputs: tuple[Tensor, ...]) -> list[str]:
+    """How far the float graph is from the quantized file, as a note."""
+    pairs = [
+        (e.float(), a.float())
+        for e, a in zip(source.run(inputs), outputs(gm, inputs), strict=True)
+        if e.shape == a.shape
+    ]
+    size = sum(float(e.square().sum()) for e, _ in pairs)
+    error = sum(float((e - a).square().sum()) for e, a in pairs)
+    share = (error / size) ** 0.5 if size else 0.0
+    return [
+        "the file is quantized: weights are what its codes stand for, the rounding of activations is left out "
+        f"(its outputs differ by {share:.2%} on the example)"
+    ]
 
 
 def _built(graph: Graph, example: Any) -> tuple[tuple[Tensor, ...], Network]:
