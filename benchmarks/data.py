@@ -84,6 +84,13 @@ def cifar10_calibration(count: int, seed: int) -> np.ndarray:
     return normalise(images[np.random.default_rng(seed).permutation(len(images))[:count]])
 
 
+def pixels(split: str, count: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """CIFAR-10 as it is, channels last: float32 0..255 [n, 32, 32, 3] and labels; `count` drawn by the seed."""
+    images, labels = _sheets(split, 50_000 if split == "train" else 10_000)
+    drawn = np.random.default_rng(seed).permutation(len(images))[:count] if count else np.arange(len(images))
+    return np.ascontiguousarray(images[drawn].transpose(0, 2, 3, 1)).astype(np.float32), labels[drawn]
+
+
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Train images and labels (1,197, clean), test ones (600, each under 5 draws of noise): [n, 1, 8, 8]."""
     from sklearn.datasets import load_digits
@@ -120,13 +127,16 @@ def synthetic_tokens(count: int, tokens: int, width: int, seed: int) -> np.ndarr
 
 
 def task(kind: str, *, calibration: int = 512, test: int | None = None, seed: int = 0) -> Task:
-    """The data of one kind: "cifar10", "digits", "images<size>", "tokens<length>x<width>".
+    """The data of one kind: "cifar10", "pixels" (raw CIFAR-10), "digits", "images<size>", "tokens<length>x<width>".
 
     `test` limits the number of test inputs, drawn without replacement by `seed`. Raises NoData, ValueError.
     """
     if kind == "cifar10":
         inputs, labels = cifar10_test()
         cal = cifar10_calibration(calibration, seed)
+    elif kind == "pixels":
+        inputs, labels = pixels("test")
+        cal, _ = pixels("train", calibration, seed)
     elif kind == "digits":
         train, _, inputs, labels = digits()
         drawn = np.random.default_rng(seed).permutation(len(train))[:calibration]

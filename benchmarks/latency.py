@@ -1,4 +1,4 @@
-"""Latency of deployable files, interleaved in one process: ONNX Runtime, OpenVINO, ExecuTorch by suffix."""
+"""Latency of deployable files, interleaved in one process; the runtime follows from the suffix."""
 
 import argparse
 import json
@@ -46,7 +46,24 @@ def _executorch(path: Path, x: np.ndarray, threads: int) -> Call:
     return lambda: module.forward([tensor])
 
 
-LOADERS = {".onnx": _onnx, ".xml": _openvino, ".pte": _executorch}
+def _litert(path: Path, x: np.ndarray, threads: int) -> Call:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=str(path), num_threads=threads)
+    (detail,) = interpreter.get_input_details()
+    if tuple(detail["shape"]) != x.shape:
+        interpreter.resize_tensor_input(detail["index"], x.shape)
+    interpreter.allocate_tensors()
+    scale, zero_point = detail["quantization"]
+    if np.issubdtype(detail["dtype"], np.integer):
+        limits = np.iinfo(detail["dtype"])
+        x = np.clip(np.rint(x / scale) + zero_point, limits.min, limits.max)
+    interpreter.set_tensor(detail["index"], x.astype(detail["dtype"]))
+    run: Call = interpreter.invoke
+    return run
+
+
+LOADERS = {".onnx": _onnx, ".xml": _openvino, ".pte": _executorch, ".tflite": _litert}
 
 
 def interleaved(files: dict[str, Path], x: np.ndarray, threads: int, seconds: float = 10.0) -> dict[str, Any]:

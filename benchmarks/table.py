@@ -32,6 +32,7 @@ def _latency(threads: int) -> Callable[[Row], str]:
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "route": lambda row: str(row["name"]),
     "accuracy\n%": _number("accuracy", 2),
+    "reference\nkernels %": _number("exact_accuracy", 2),
     "agrees\n%": _number("agreement", 2),
     "SQNR to\nfloat dB": _number("float_sqnr_db", 1),
     "simulated vs\ndeployed dB": lambda row: (
