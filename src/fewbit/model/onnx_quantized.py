@@ -21,9 +21,6 @@ _MOVING = frozenset({"Reshape", "Transpose", "MaxPool", "Slice", "Split", "Gathe
                      "ReduceMin", "GatherElements", "Dropout"})  # fmt: skip
 _POSITIVE = frozenset({"Relu", "Sigmoid", "Softmax", "HardSigmoid", "Abs", "Exp", "Softplus"})
 _BOUNDED = frozenset({"Clip", "Tanh", "Sigmoid", "Softmax", "HardSigmoid", "Erf", "Sin", "Cos"})
-_BOUNDED = frozenset({"Clip", "Tanh", "Sigmoid", "Softmax", "HardSigmoid", "Erf", "Sin", "Cos"})
-_BOUNDED = frozenset({"Clip", "Tanh", "Sigmoid", "Softmax", "HardSigmoid", "Erf", "Sin", "Cos"})
-_BOUNDED = frozenset({"Clip", "Tanh", "Sigmoid", "Softmax", "HardSigmoid", "Erf", "Sin", "Cos"})
 _KEEPS_SIGN = _MOVING - {"Concat"} | {"AveragePool", "GlobalAveragePool", "GlobalMaxPool"}
 
 
@@ -74,12 +71,6 @@ def _rewrite(twin: Twin, node: Any) -> None:
             twin.positive |= set(node.output)
         if node.op_type in _BOUNDED:
             twin.bounded |= set(node.output)
-        if node.op_type in _BOUNDED:
-            twin.bounded |= set(node.output)
-        if node.op_type in _BOUNDED:
-            twin.bounded |= set(node.output)
-        if node.op_type in _BOUNDED:
-            twin.bounded |= set(node.output)
         twin.nodes.append(node)
 
 
@@ -108,21 +99,6 @@ def _quantize(twin: Twin, node: Any) -> None:
     x, coding = node.input[0], twin.coding(node)
     twin.record[x] = coding.json()
     ramp = None if x in twin.bounded else coding.ramp
-    if ramp is not None:
-        limits = [twin.store(f"{node.output[0]}__{at}", np.float32(v)) for at, v in enumerate(ramp)]
-        twin.add("Clip", [x, *limits], node)
-    else:
-        ramp = None if x in twin.bounded else coding.ramp
-    if ramp is not None:
-        limits = [twin.store(f"{node.output[0]}__{at}", np.float32(v)) for at, v in enumerate(ramp)]
-        twin.add("Clip", [x, *limits], node)
-    else:
-        ramp = None if x in twin.bounded else coding.ramp
-    if ramp is not None:
-        limits = [twin.store(f"{node.output[0]}__{at}", np.float32(v)) for at, v in enumerate(ramp)]
-        twin.add("Clip", [x, *limits], node)
-    else:
-        ramp = None if x in twin.bounded else coding.ramp
     if ramp is not None:
         limits = [twin.store(f"{node.output[0]}__{at}", np.float32(v)) for at, v in enumerate(ramp)]
         twin.add("Clip", [x, *limits], node)

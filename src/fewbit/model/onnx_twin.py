@@ -48,42 +48,6 @@ class Coding:
                 return wanted
         return None
 
-    @property
-    def ramp(self) -> tuple[float, float] | None:
-        """The limits of the codes where they are those of ReLU6 or of a hard tanh: quantizers leave these out."""
-        if self.scale.size != 1 or self.format not in ("int8", "uint8"):
-            return None
-        limits = np.iinfo(self.format)
-        lo, hi = self.value(limits.min), self.value(limits.max)
-        for wanted in ((0.0, 6.0), (-1.0, 1.0)):
-            if max(abs(lo - wanted[0]), abs(hi - wanted[1])) <= 0.51 * self.scale.item():
-                return wanted
-        return None
-
-    @property
-    def ramp(self) -> tuple[float, float] | None:
-        """The limits of the codes where they are those of ReLU6 or of a hard tanh: quantizers leave these out."""
-        if self.scale.size != 1 or self.format not in ("int8", "uint8"):
-            return None
-        limits = np.iinfo(self.format)
-        lo, hi = self.value(limits.min), self.value(limits.max)
-        for wanted in ((0.0, 6.0), (-1.0, 1.0)):
-            if max(abs(lo - wanted[0]), abs(hi - wanted[1])) <= 0.51 * self.scale.item():
-                return wanted
-        return None
-
-    @property
-    def ramp(self) -> tuple[float, float] | None:
-        """The limits of the codes where they are those of ReLU6 or of a hard tanh: quantizers leave these out."""
-        if self.scale.size != 1 or self.format not in ("int8", "uint8"):
-            return None
-        limits = np.iinfo(self.format)
-        lo, hi = self.value(limits.min), self.value(limits.max)
-        for wanted in ((0.0, 6.0), (-1.0, 1.0)):
-            if max(abs(lo - wanted[0]), abs(hi - wanted[1])) <= 0.51 * self.scale.item():
-                return wanted
-        return None
-
     def json(self) -> dict[str, Any]:
         """As `gm.meta["quantization"]` has it; numbers for one scale, lists for several."""
         found = {
@@ -97,10 +61,8 @@ class Coding:
 
 @dataclass
 class Twin:
-    """`codes`: values that were codes in the file and are floats here; `positive`: values that are never negative; `bounded`:
-    results of functions that have limits; `bounded`:
-    results of functions that have limits; `bounded`:
-    results of functions that have limits;    `bounded`: results of functions that have limits; `constant`: values that do not depend on the inputs.
+    """`codes`: values that were codes in the file and are floats here; `positive`: values that are never negative;
+    `bounded`: results of functions that have limits; `constant`: values that do not depend on the inputs.
     """
 
     model: Any
@@ -108,9 +70,6 @@ class Twin:
     record: Record = field(default_factory=dict)
     codes: dict[str, Coding] = field(default_factory=dict)
     positive: set[str] = field(default_factory=set)
-    bounded: set[str] = field(default_factory=set)
-    bounded: set[str] = field(default_factory=set)
-    bounded: set[str] = field(default_factory=set)
     bounded: set[str] = field(default_factory=set)
     constant: set[str] = field(default_factory=set)
     nodes: list[Any] = field(default_factory=list)
