@@ -1,8 +1,10 @@
 """Integer kernels under the rule ``q31_double``: LiteRT's reference kernels, operator by operator, bit for bit.
 
 Measured on ai-edge-litert 2.3.0 (``BUILTIN_REF``). Scales enter as products and quotients of their float32 values in
-float64, as the runtime's preparation does; everything after that is integer, but for softmax and the step from float.
+float64, as the runtime's preparation does; everything after that is integer, but for the step from float.
 """
+
+import dataclasses
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from fewbit.model.kernels import KERNELS as COMMON
 from fewbit.model.kernels import Kernel, accumulate, exact_matmul, limits
 from fewbit.model.program import Coding, Op
+from fewbit.model.softmax_q31 import quantized_beta, softmax_codes
 from fewbit.numerics.requantize import q31_constants, q31_double, q31_single, scale_q31
 
 _ADD_SHIFT = 20  # both operands of a sum are scaled up by this before they are brought to a common scale
@@ -22,8 +25,12 @@ def _f64(scale: float) -> np.float64:
 
 def _weighted(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
     acc = accumulate(op, xs[0], codings[0])
-    weight_scale = op.constants["weight_scale"].to(torch.float32).double()
-    scale = float(_f64(codings[0].scale)) * weight_scale / float(_f64(out.scale))
+    weight_scale = op.constants["weight_scale"].to(torch.float32)
+    if weight_scale.numel() == 1:  # one scale for all: the runtime rounds the product to float32
+        product = (torch.tensor(codings[0].scale, dtype=torch.float32) * weight_scale).double()
+    else:
+        product = float(_f64(codings[0].scale)) * weight_scale.double()
+    scale = product / float(_f64(out.scale))
     if op.kind == "linear":
         return q31_single(acc, scale, out.zero_point, *limits(op, out))
     if scale.numel() > 1:
@@ -31,18 +38,21 @@ def _weighted(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> T
     return q31_double(acc, scale, out.zero_point, *limits(op, out))
 
 
-def _product_scale(codings: list[Coding], out: Coding) -> float:
-    return float(_f64(codings[0].scale) * _f64(codings[1].scale) / _f64(out.scale))
+def _product(codings: list[Coding]) -> np.float32:
+    """The product of two scales, which the runtime rounds to float32."""
+    return np.float32(codings[0].scale) * np.float32(codings[1].scale)
 
 
 def _matmul(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
     acc = exact_matmul(xs, codings)
-    return q31_double(acc, _product_scale(codings, out), out.zero_point, *limits(op, out))
+    scale = float(np.float64(_product(codings)) / _f64(out.scale))
+    return q31_double(acc, scale, out.zero_point, *limits(op, out))
 
 
 def _mul(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
     a, b = (x.to(torch.int64) - c.zero_point for x, c in zip(xs, codings, strict=True))
-    return q31_double(a * b, _product_scale(codings, out), out.zero_point, *limits(op, out))
+    scale = float(_product(codings) / np.float32(out.scale))  # all in float32
+    return q31_double(a * b, scale, out.zero_point, *limits(op, out))
 
 
 def _add(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
@@ -71,6 +81,9 @@ def _leaky_relu(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) ->
 def _avg_pool(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
     """The mean of the codes themselves, half away from zero: input and output share one coding."""
     kernel, stride = op.attrs["kernel"], op.attrs["stride"]
+    if len(kernel) == 1:
+        row = dataclasses.replace(op, attrs=op.attrs | {"kernel": [1, *kernel], "stride": [1, *stride]})
+        return _avg_pool(row, [xs[0].unsqueeze(2)], codings, out).squeeze(2)
     n = int(np.prod(kernel))
     sums = torch.nn.functional.avg_pool2d(xs[0].double(), kernel, stride, divisor_override=1)
     total = sums.to(torch.int64)
@@ -91,16 +104,8 @@ def _global_avg_pool(op: Op, xs: list[Tensor], codings: list[Coding], out: Codin
 
 
 def _softmax(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
-    """Exponentials from a table of float32, summed in order; over the last axis."""
-    x = xs[0].numpy().astype(np.int64)
-    beta = np.float32(codings[0].scale)
-    table = np.exp(-beta * np.arange(256, dtype=np.float32)).astype(np.float32)
-    powers = table[x.max(-1, keepdims=True) - x]
-    total = np.zeros((*x.shape[:-1], 1), np.float32)
-    for i in range(x.shape[-1]):
-        total[..., 0] += powers[..., i]
-    inverse = np.float32(1) / (total * np.float32(out.scale))
-    codes = np.floor(powers * inverse + np.float32(0.5)) + out.zero_point
+    """In fixed point, over the last axis; the output is in 256ths."""
+    codes = softmax_codes(xs[0].numpy().astype(np.int64), *quantized_beta(codings[0].scale)) + out.zero_point
     return torch.from_numpy(np.clip(codes, *limits(op, out)).astype(np.int32))
 
 

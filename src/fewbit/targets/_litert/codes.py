@@ -25,8 +25,9 @@ NATIVE = {
     "aten.log.default": "LOG",
 }
 _INT8 = Scheme("int8", symmetric=False)
+SOFTMAX = Coding(_INT8, 1 / 256, -128)
 _FIXED = {
-    "aten.sigmoid.default": Coding(_INT8, 1 / 256, -128),
+    "aten.sigmoid.default": SOFTMAX,
     "aten.tanh.default": Coding(_INT8, 1 / 128, 0),
 }
 
@@ -34,15 +35,42 @@ _FIXED = {
 def legalize(program: Program) -> Program:
     """The program with operations that this runtime has, and its constraints on codings; same values, in order."""
     ops: list[Op] = []
-    codings = dict(program.codings)
+    codings = {name: _contained(coding) for name, coding in program.codings.items()}
     for op in program.ops:
+        narrow = _narrow(op, program.codings, codings)
         if op.kind == "table":
-            ops += _function(op, codings)
+            ops += _function(op, codings, narrow)
+        elif op.kind == "softmax" and op.domain == "integer" and codings[op.output] != SOFTMAX:
+            ops += _softmax(op, codings, narrow)
+        elif narrow and (op.domain == "integer" or op.kind == "quantize") and op.kind not in ("pad", "clip"):
+            ops += _clamped(dataclasses.replace(op, attrs=op.attrs | {"clamp": narrow}), codings)
         elif op.domain == "integer" and op.attrs.get("clamp"):
             ops += _clamped(op, codings)
         else:
             ops.append(dataclasses.replace(op))
     return dataclasses.replace(program, ops=ops, codings=codings)
+
+
+def _contained(coding: Coding) -> Coding:
+    """Codes of fewer than 8 bits in int8: the runtime knows no other."""
+    return coding if coding.scheme.format == "int8" else Coding(_INT8, coding.scale, coding.zero_point)
+
+
+def _narrow(op: Op, planned: dict[str, Coding], contained: dict[str, Coding]) -> list[int]:
+    """The clamp that keeps codes of fewer than 8 bits within their own; empty for 8 bits."""
+    coding = planned.get(op.output)
+    if coding is None or coding == contained[op.output]:
+        return []
+    return list(op.attrs.get("clamp") or [int(coding.scheme.qmin), int(coding.scheme.qmax)])
+
+
+def _softmax(op: Op, codings: dict[str, Coding], clamp: list[int]) -> list[Op]:
+    """The runtime's softmax answers in 256ths; any other scale is a step of its own."""
+    inner = f"{op.output}_fixed"
+    codings[inner] = SOFTMAX
+    attrs: dict[str, Any] = {"clamp": clamp} if clamp else {}
+    step = Op("requantize", "integer", op.layer, op.node, [inner], op.output, attrs)
+    return [dataclasses.replace(op, output=inner, node=f"{op.node}_fixed"), *_clamped(step, codings)]
 
 
 def activation(clamp: list[int] | None, coding: Coding) -> str | None:
@@ -56,7 +84,7 @@ def activation(clamp: list[int] | None, coding: Coding) -> str | None:
 def _clamped(op: Op, codings: dict[str, Coding]) -> list[Op]:
     """A clamp that the operation cannot do itself becomes one of its own."""
     coding = codings[op.output]
-    name = activation(op.attrs["clamp"], coding)
+    name = activation(op.attrs.get("clamp"), coding)
     if name == "NONE" or (name is not None and op.kind in _FUSING) or op.kind == "clip":
         return [dataclasses.replace(op)]
     inner = f"{op.output}_unclamped"
@@ -66,10 +94,12 @@ def _clamped(op: Op, codings: dict[str, Coding]) -> list[Op]:
     return [dataclasses.replace(op, output=inner, attrs=attrs, node=f"{op.node}_unclamped"), clip]
 
 
-def _function(op: Op, codings: dict[str, Coding]) -> list[Op]:
+def _function(op: Op, codings: dict[str, Coding], clamp: list[int]) -> list[Op]:
     """A function of one code: a kernel with a table, the leaky ReLU, or float between two steps."""
     function = op.attrs["function"]
     target = str(function["target"])
+    if clamp or len(op.constants["table"]) != 256:
+        return _island(op, function, codings, clamp)
     if target == "aten.leaky_relu.default":
         alpha = function["args"][1] if len(function["args"]) > 1 else 0.01
         return [dataclasses.replace(op, kind="leaky_relu", attrs={"alpha": alpha}, constants={})]
@@ -83,10 +113,10 @@ def _function(op: Op, codings: dict[str, Coding]) -> list[Op]:
         if not near_tie(table, codings | {inner: fixed}):
             codings[inner] = fixed
             return [table, Op("requantize", "integer", op.layer, op.node, [inner], op.output)]
-    return _island(op, function)
+    return _island(op, function, codings, clamp)
 
 
-def _island(op: Op, function: dict[str, Any]) -> list[Op]:
+def _island(op: Op, function: dict[str, Any], codings: dict[str, Coding], clamp: list[int]) -> list[Op]:
     """Dequantize, the function in float, quantize: exact, as no entry of the table lies near a tie."""
     floats, result = f"{op.output}_in", f"{op.output}_real"
     attrs = {"target": function["target"], "args": function["args"], "kwargs": function["kwargs"]}
@@ -94,7 +124,9 @@ def _island(op: Op, function: dict[str, Any]) -> list[Op]:
     return [
         Op("dequantize", "boundary", op.layer, f"{op.node}_in", op.inputs, floats),
         Op(attrs["target"], "float", op.layer, f"{op.node}_real", [floats], result, attrs, note=note),
-        Op("quantize", "boundary", op.layer, op.node, [result], op.output),
+        *_clamped(
+            Op("quantize", "boundary", op.layer, op.node, [result], op.output, {"clamp": clamp}), codings
+        ),
     ]
 
 

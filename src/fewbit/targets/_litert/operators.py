@@ -1,5 +1,6 @@
 """The integer operations, and those that move codes, as operators of the ``.tflite`` format."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -179,6 +180,13 @@ def _reshape(w: Writer, op: Op) -> None:
     w.b.operator("RESHAPE", [op.inputs[0], shape], [w.tensor(op.output)], ("ReshapeOptions", options), 1)
 
 
+def _rescale(w: Writer, op: Op) -> None:
+    """The same codes read with another scale: a reshape, which copies them as they are."""
+    _reshape(
+        w, dataclasses.replace(op, attrs={"args": [0, [-1 if s is None else s for s in w.shapes[op.output]]]})
+    )
+
+
 def _permute(w: Writer, op: Op) -> None:
     axes = w.numbers(op, "axes", op.attrs["args"][1])
     w.b.operator("TRANSPOSE", [op.inputs[0], axes], [w.tensor(op.output)], ("TransposeOptions", {}), 2)
@@ -225,6 +233,7 @@ OPERATORS: dict[str, Write] = {
     **LAYERS,
     "quantize": simple("QUANTIZE", "QuantizeOptions", 1),
     "dequantize": simple("DEQUANTIZE", "DequantizeOptions", 2),
+    "rescale": _rescale,
     "requantize": simple("QUANTIZE", "QuantizeOptions", 2),
     "constant": _constant,
     "conv": _conv,

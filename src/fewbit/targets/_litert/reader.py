@@ -26,16 +26,16 @@ def read_back(path: Path) -> Described:
     model = load(path)
     properties = {PROPERTIES: model.metadata.get(PROPERTIES, b"{}").decode("utf-8", "replace")}
     reading = Reading(model, path)
+    codes = {name: name for name in reading.codings}
     unread = reading.unread()
     if unread:
-        return Described(None, {}, properties | {"unread": json.dumps(unread)})
+        return Described(None, codes, properties | {"unread": json.dumps(unread)})
     try:
         program = reading.program()
     except FewbitError:
         raise
     except Exception as error:  # numbers that do not belong together can break any step
         raise ArtifactError(f"{path}: damaged ({type(error).__name__}: {error!s:.150})") from error
-    codes = {n: n for n in program.codings if n in reading.names}
     return Described(program, codes, properties)
 
 
@@ -44,23 +44,29 @@ class Reading:
 
     def __init__(self, model: Model, path: Path) -> None:
         self.model, self.path = model, path
-        self.names = {t.name for t in model.tensors}
         self.ops: list[Op] = []
         self.codings: dict[str, Coding] = {}
         self.constants: set[str] = set()
+        for tensor in model.tensors:
+            if tensor.data is None and (coding := self.coding(tensor)) is not None:
+                self.codings[tensor.name] = coding
 
     def unread(self) -> list[str]:
         """Names of operators without a reader."""
-        from fewbit.targets._litert.reading import READERS
+        from fewbit.targets._litert.reading import BOTH, READERS
 
-        return sorted({op.name for op in self.model.operators if op.name not in READERS})
+        return sorted(
+            {
+                op.name if op.name not in READERS else f"{op.name} on floats"
+                for op in self.model.operators
+                if op.name not in READERS or not (op.name in BOTH or self.coded(op))
+            }
+        )
 
     def program(self) -> Program:
+        """The file's program; for files without ``unread`` operators."""
         from fewbit.targets._litert.reading import READERS
 
-        for tensor in self.model.tensors:
-            if tensor.data is None and (coding := self.coding(tensor)) is not None:
-                self.codings[tensor.name] = coding
         inputs = [self._input(self.model.tensors[i]) for i in self.model.inputs]
         for op in self.model.operators:
             READERS[op.name](self, op)

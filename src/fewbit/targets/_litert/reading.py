@@ -232,6 +232,10 @@ def _reshape(r: Reading, op: Operator) -> None:
         sizes = [int(s) for s in r.data(op.inputs[1], "its shape")]
     else:
         sizes = [-1 if s is None else s for s in shape]
+    source, output = r.value(op.inputs[0]), r.tensor(op.outputs[0]).name
+    if r.codings.get(source) != r.codings.get(output):  # the same codes, read with another scale
+        r.add(op, "rescale", "shares", [source])
+        return
     move(r, op, "aten.reshape.default", [sizes])
 
 
@@ -302,15 +306,4 @@ BOTH: dict[str, Read] = {
 }
 
 
-def _codes_only(read: Read) -> Read:
-    """An operator that is read only where it computes codes."""
-
-    def checked(r: Reading, op: Operator) -> None:
-        if not r.coded(op):
-            raise r.fail(op, "it computes floats, which are not read back yet")
-        read(r, op)
-
-    return checked
-
-
-READERS: dict[str, Read] = {name: _codes_only(read) for name, read in INTEGER_READERS.items()} | BOTH
+READERS: dict[str, Read] = INTEGER_READERS | BOTH

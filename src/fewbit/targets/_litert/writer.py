@@ -101,15 +101,13 @@ class Writer:
         return self.b.constant(f"{op.output}/{role}", np.asarray(values, np.int32))
 
     def bias(self, op: Op, x: Coding) -> list[str]:
-        """The int32 bias of a layer, with the scales that the runtime's delegates want to see; [] where it has none."""
-        bias = op.constants.get("bias")
-        if bias is None:
-            return []
+        """The int32 bias of a layer, with the scales that the runtime's delegates want to see; zeros for none."""
         scales = np.float32(x.scale) * _scales(op)
-        name = f"{op.output}/bias"
-        return [
-            self.b.constant(name, array(bias), scales=scales, zero_points=np.zeros(len(scales), np.int64))
-        ]
+        channels = op.constants["weight"].shape[0]
+        given = op.constants.get("bias")
+        value = np.zeros(channels, np.int32) if given is None else array(given)
+        zeros = np.zeros(len(scales), np.int64)
+        return [self.b.constant(f"{op.output}/bias", value, scales=scales, zero_points=zeros)]
 
     def weight(self, op: Op, value: Tensor, axis: int) -> str:
         """The int8 weights of a layer, laid out as the runtime wants them, with a scale for each output channel."""
