@@ -127,7 +127,7 @@ def synthetic_tokens(count: int, tokens: int, width: int, seed: int) -> np.ndarr
 
 
 def task(kind: str, *, calibration: int = 512, test: int | None = None, seed: int = 0) -> Task:
-    """The data of one kind: "cifar10", "pixels" (raw CIFAR-10), "digits", "images<size>", "tokens<length>x<width>".
+    """The data of one kind: "cifar10", "pixels", "digits", "keywords", "images<size>", "tokens<length>x<width>".
 
     `test` limits the number of test inputs, drawn without replacement by `seed`. Raises NoData, ValueError.
     """
@@ -141,6 +141,12 @@ def task(kind: str, *, calibration: int = 512, test: int | None = None, seed: in
         train, _, inputs, labels = digits()
         drawn = np.random.default_rng(seed).permutation(len(train))[:calibration]
         cal = noise(train[drawn], 1000 + seed)
+    elif kind == "keywords":  # as coarse as cepstral coefficients of 49 frames are
+        cal, inputs = (
+            synthetic_images(n, 56, s)[:, :1, :49, :10]
+            for n, s in ((calibration, 7 + seed), (test or 256, 99))
+        )
+        return Task(np.ascontiguousarray(cal), np.ascontiguousarray(inputs), None)
     elif kind.startswith("images"):
         size = int(kind.removeprefix("images"))
         return Task(

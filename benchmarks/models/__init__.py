@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import mobilenetv2, probe, resnet18, resnet_cifar, transformer
+from models import dscnn, lstm, mobilenetv2, probe, resnet18, resnet_cifar, transformer, vit
 
 HERE = Path(__file__).resolve().parent
 
@@ -29,6 +29,9 @@ CASES = {
     "mobilenetv2": Case(lambda: mobilenetv2.MobileNetV2(size=224), "images224"),
     "mobilenetv2-32": Case(lambda: mobilenetv2.MobileNetV2(width=0.5, size=32, classes=10), "images32"),
     "transformer": Case(transformer.Encoder, "tokens32x128"),
+    "ds-cnn": Case(dscnn.DSCNN, "keywords"),
+    "lstm": Case(lstm.LSTMClassifier, "tokens28x28"),
+    "vit": Case(vit.VisionTransformer, "images32"),
 }
 
 
