@@ -148,6 +148,16 @@ class Call:
         value = module_state(self.op)[name].to(torch.float32)
         return value if shape is None else value.reshape(shape)
 
+    def coded(self, name: str, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """A stored parameter as the weight of a layer: codes, scales and zero points, rows in an order."""
+        parts = {part: self.constants[f"{name}{part}"] for part in ("", "::scale", "::zero_point")}
+        if rows is not None:
+            count = parts[""].shape[0]
+            for part, value in parts.items():
+                if part == "" or value.numel() > 1:
+                    parts[part] = value.reshape(count, -1)[rows].reshape(value.shape).contiguous()
+        return {f"weight{part}": value for part, value in parts.items()}
+
     def reshape(self, value: Value, sizes: list[int]) -> Value:
         """Another shape; the batch, where it is free, is the first axis before and after."""
         if self.expansion.free_batch and value.rank and sizes and sizes[0] == value.shape[0]:
@@ -183,6 +193,7 @@ class Expansion:
         self.parts: dict[str, Any] = {}  # results that are lists, as nested lists of values
         self.constants: dict[str, Tensor] = {}
         self.metas: dict[str, Tensor] = {}
+        self.sequences: dict[str, tuple[int, list[Value]]] = {}  # the axis of a sequence, and its steps
         self.reference = Reference(program)
 
     def run(self) -> Program:

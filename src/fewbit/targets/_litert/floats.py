@@ -4,13 +4,14 @@ from fewbit.model.program import Program
 from fewbit.targets._litert.expand import Expand, Expansion
 from fewbit.targets._litert.floats_functions import FUNCTIONS
 from fewbit.targets._litert.floats_products import PRODUCTS
+from fewbit.targets._litert.floats_recurrent import RECURRENT
 from fewbit.targets._litert.floats_reductions import REDUCTIONS
 from fewbit.targets._litert.floats_shapes import SHAPES
 from fewbit.targets._litert.floats_windows import WINDOWS
 from fewbit.targets._litert.fusion import norms_joined
 from fewbit.targets._litert.shapes import Sizes
 
-EXPANSIONS: dict[str, Expand] = FUNCTIONS | REDUCTIONS | PRODUCTS | WINDOWS | SHAPES
+EXPANSIONS: dict[str, Expand] = FUNCTIONS | REDUCTIONS | PRODUCTS | WINDOWS | SHAPES | RECURRENT
 
 
 def expanded(program: Program, sizes: Sizes, free_batch: bool) -> Program:

@@ -18,14 +18,16 @@ def parameter(w: Writer, op: Op, name: str, arrange: tuple[int, ...] | None = No
 
 
 def bias(w: Writer, op: Op, count: int) -> str:
-    """The bias; zeros where a layer has none, since some kernels want one."""
+    """The bias; zeros where a convolution has none, since some kernels want one."""
     if "bias" in op.constants:
         return parameter(w, op, "bias")
     return w.b.constant(f"{op.output}/bias", np.zeros(count, np.float32))
 
 
 def _linear(w: Writer, op: Op) -> None:
-    names = [op.inputs[0], parameter(w, op, "weight"), bias(w, op, op.attrs["config"]["out_features"])]
+    names = [op.inputs[0], parameter(w, op, "weight")]
+    if "bias" in op.constants:
+        names.append(parameter(w, op, "bias"))
     output, activation = w.clamped(op)
     fields = {"keepNumDims": len(w.shapes[op.inputs[0]]) != 2, "fusedActivationFunction": activation}
     w.b.operator("FULLY_CONNECTED", names, [output], ("FullyConnectedOptions", fields), 5)

@@ -12,7 +12,7 @@ _EPSILON = 2.0**-23  # torch's default for RMSNorm: that of float32
 
 
 def _matmul(c: Call) -> Value:
-    return product(c, *(c.tensor(v, c.dtype) for v in c.args[:2]))
+    return product(c, c.tensor(c.args[0], c.dtype), c.tensor(c.args[1], c.dtype))
 
 
 def product(c: Call, a: Value, b: Value, turned: bool = False) -> Value:
@@ -25,12 +25,18 @@ def product(c: Call, a: Value, b: Value, turned: bool = False) -> Value:
     return c("einsum.default", "...ij,...kj->...ik" if turned else "...ij,...jk->...ik", [a, b])
 
 
-def linear(c: Call, x: Value, weight: Tensor, bias: Tensor | None = None, source: str | None = None) -> Value:
-    """x W^T + b by a linear layer. ``source``: the parameter of the operation that the weight is."""
-    rows, columns = weight.shape
-    config = {"in_features": columns, "out_features": rows, "bias": bias is not None}
-    parts = {"weight": weight} | ({} if bias is None else {"bias": bias})
-    return c.module("Linear", x, config, parts, (*x.shape[:-1], rows), source)
+def linear(
+    c: Call, x: Value, weight: Tensor, bias: Tensor | None = None, source: str | None = None,
+    rows: Tensor | None = None,
+) -> Value:  # fmt: skip
+    """x W^T + b by a linear layer. ``source``: the parameter of the operation that the weight is, with its codes;
+    ``rows``: the order in which its rows are wanted."""
+    count, columns = weight.shape
+    config = {"in_features": columns, "out_features": count, "bias": bias is not None}
+    parts = {"weight": weight} if source is None else c.coded(source, rows)
+    if bias is not None:
+        parts["bias"] = bias
+    return c.module("Linear", x, config, parts, (*x.shape[:-1], count), source)
 
 
 def _vectors(c: Call, a: Value, b: Value, turned: bool) -> Value:
