@@ -196,3 +196,22 @@ def test_nothing_is_left_behind_after_a_refusal(small: Path, tmp_path: Path) -> 
             nn.Sequential(nn.Conv3d(1, 2, 3)), folder / "no.tflite", example=torch.randn(1, 1, 4, 4, 4)
         )
     assert [p.name for p in folder.iterdir()] == ["keep.tflite"]
+
+
+def test_four_bit_weights_are_stored_in_four_bits(tmp_path: Path) -> None:
+    """Convolutions of every kind and a linear layer with an odd number of weights: half the bytes, still exact."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, groups=32), nn.ReLU(), nn.Conv2d(32, 33, 1),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(33, 5),
+    )  # fmt: skip
+    x = torch.randn(64, 3, 8, 8)
+    sizes = {}
+    for bits in (8, 4):
+        path = tmp_path / f"w{bits}.tflite"
+        fewbit.export(quantized(net, x, weights=f"int{bits}"), path, time=False)
+        weights = [t for t in load(path).tensors if t.name.endswith("/weight")]
+        assert {t.kind for t in weights} == {f"INT{bits}"} and len(weights) == 4
+        assert fewbit.verify(path).exact
+        sizes[bits] = path.stat().st_size
+    count = sum(p.numel() for p in net.parameters() if p.dim() > 1)
+    assert sizes[8] - sizes[4] >= count // 2 - 64

@@ -12,6 +12,7 @@ from fewbit.model.program import Coding, Op, Program
 from fewbit.numerics.scheme import Scheme
 from fewbit.targets import Described
 from fewbit.targets._litert.model import Model, Operator, Tensor, load
+from fewbit.targets._litert.shapes import sizes
 
 _CODES = {"INT8": "int8", "UINT8": "uint8", "INT16": "int16"}
 PROPERTIES = "fewbit"
@@ -32,6 +33,7 @@ def read_back(path: Path) -> Described:
         return Described(None, codes, properties | {"unread": json.dumps(unread)})
     try:
         program = reading.program()
+        reading.check_shapes(program)
     except FewbitError:
         raise
     except Exception as error:  # numbers that do not belong together can break any step
@@ -77,6 +79,17 @@ class Reading:
             inputs, [t.shape for t in ins], [self._dtype(t) for t in ins],
             outputs, [t.shape for t in outs], [self._dtype(t) for t in outs], self.ops, self.codings,
         )  # fmt: skip
+
+    def check_shapes(self, program: Program) -> None:
+        """What the program computes has the shapes that the file states: the runtime trusts them, and would crash."""
+        found = sizes(program)
+        for tensor in self.model.tensors:
+            stated = tuple(1 if s is None else s for s in tensor.shape)
+            computed = found.shape.get(tensor.name, stated)
+            if tensor.data is None and computed != stated:
+                raise ArtifactError(
+                    f"{self.path}: tensor {tensor.name!r} has the shape {stated}, but {computed} is computed: damaged"
+                )
 
     def _dtype(self, tensor: Tensor) -> str:
         return "float32" if tensor.name in self.codings else tensor.kind.lower()

@@ -1,6 +1,7 @@
 """Writes a prepared program as a ``.tflite`` file: an operator for each operation, named tensors throughout."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -22,6 +23,7 @@ class Writer:
         found = sizes(program)
         self.shapes: dict[str, Shape] = {name: found.signature(name) for name in found.shape}
         self.dtypes = found.dtype
+        self.dequantized: dict[Any, str] = {}  # constants that are stored as codes, and their float32 tensors
         self.clamps = fused_clamps(program, found.dtype)
 
     def file(self, metadata: dict[str, bytes]) -> bytes:
@@ -110,12 +112,24 @@ class Writer:
         return [self.b.constant(f"{op.output}/bias", value, scales=scales, zero_points=zeros)]
 
     def weight(self, op: Op, value: Tensor, axis: int) -> str:
-        """The int8 weights of a layer, laid out as the runtime wants them, with a scale for each output channel."""
-        scales = _scales(op)
-        zeros = np.zeros(len(scales), np.int64)
+        """The weights of a layer, laid out as the runtime wants them, with a scale for each output channel.
+
+        Codes of 4 bits are packed, two to a byte: the runtime unpacks them when it loads the file.
+        """
+        scales, codes = _scales(op), array(value)
+        zeros, name = np.zeros(len(scales), np.int64), f"{op.output}/weight"
+        if np.abs(codes).max(initial=0) > 7:
+            return self.b.constant(name, codes, scales=scales, zero_points=zeros, axis=axis)
         return self.b.constant(
-            f"{op.output}/weight", array(value), scales=scales, zero_points=zeros, axis=axis
+            name, packed(codes), scales=scales, zero_points=zeros, axis=axis, dtype="int4", shape=codes.shape
         )
+
+
+def packed(codes: np.ndarray) -> np.ndarray:
+    """4-bit codes two to a byte, the first one in the lower half."""
+    halves = np.append(codes.reshape(-1), np.zeros(codes.size % 2, np.int8)).astype(np.uint8) & 15
+    pairs: np.ndarray = halves[0::2] | (halves[1::2] << 4)
+    return pairs
 
 
 def _unsigned(coding: Coding) -> Coding:
