@@ -11,6 +11,7 @@ from fewbit.errors import ArtifactError
 from fewbit.targets._litert.schema import names, schema
 
 _LARGEST = 2**31  # bytes: a flatbuffer cannot be larger
+_MOST_NUMBERS = 2**28  # in one tensor
 _BITS = {"FLOAT32": 32, "FLOAT16": 16, "INT32": 32, "UINT8": 8, "INT64": 64, "INT16": 16, "INT8": 8, "BOOL": 8,
          "FLOAT64": 64, "UINT32": 32, "UINT16": 16, "UINT64": 64, "INT4": 4, "INT2": 2}  # fmt: skip
 _NUMPY = {"FLOAT32": np.float32, "FLOAT16": np.float16, "INT32": np.int32, "UINT8": np.uint8, "INT64": np.int64,
@@ -156,6 +157,8 @@ def _tensor(index: int, raw: Any, buffers: list[Any], path: Path) -> Tensor:
     sizes = [int(s) for s in (raw.shape if raw.shape is not None else [])]
     if any(s < 0 for s in sizes):
         raise ArtifactError(f"{where} has the shape {sizes}: damaged")
+    if prod(sizes) > _MOST_NUMBERS:
+        raise ArtifactError(f"{where} has the shape {sizes}, more numbers than any tensor of such a file")
     if not 0 <= raw.buffer < len(buffers):
         raise ArtifactError(f"{where} has its numbers in buffer {raw.buffer}, which is not there: damaged")
     buffer = buffers[raw.buffer]

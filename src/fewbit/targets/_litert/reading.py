@@ -109,6 +109,13 @@ def moved(target: str, source: str, output: str, args: list[Any], coded: bool) -
     return Op(target, "shares" if coded else "float", output, output, [source], output, attrs)
 
 
+def agrees(r: Reading, op: Operator, sizes: list[int | None]) -> None:
+    """The output has these sizes (None: not asked), so that a damaged number cannot ask for all memory."""
+    stated = r.tensor(op.outputs[0]).shape
+    if any(s is not None and t is not None and s != t for s, t in zip(sizes, stated, strict=True)):
+        raise r.fail(op, f"its output has the shape {stated}, but {sizes} would be computed: damaged")
+
+
 def move(r: Reading, op: Operator, target: str, args: list[Any]) -> None:
     """An operator that only moves numbers."""
     name = r.tensor(op.outputs[0]).name
@@ -220,6 +227,8 @@ def _dequantize(r: Reading, op: Operator) -> None:
 
 def _pad(r: Reading, op: Operator) -> None:
     pairs = r.data(op.inputs[1], "its amounts").reshape(-1, 2).tolist()
+    before = r.tensor(op.inputs[0]).shape
+    agrees(r, op, [None if n is None else n + a + b for n, (a, b) in zip(before, pairs, strict=True)])
     attrs: dict[str, Any] = {"pad": [int(p) for pair in reversed(pairs) for p in pair]}
     if len(op.inputs) > 2:
         attrs["value"] = int(r.data(op.inputs[2], "its value").reshape(-1)[0])
@@ -259,13 +268,18 @@ def _strided_slice(r: Reading, op: Operator) -> None:
 
 
 def _tile(r: Reading, op: Operator) -> None:
-    move(r, op, "aten.repeat.default", [[int(n) for n in r.data(op.inputs[1], "its repeats")]])
+    repeats = [int(n) for n in r.data(op.inputs[1], "its repeats")]
+    before = r.tensor(op.inputs[0]).shape
+    agrees(r, op, [None if n is None else n * m for n, m in zip(before, repeats, strict=True)])
+    move(r, op, "aten.repeat.default", [repeats])
 
 
 def _nearest(r: Reading, op: Operator) -> None:
     if op.options.get("alignCorners") or op.options.get("halfPixelCenters"):
         raise r.fail(op, "a nearest neighbour by other rules than the plain one cannot be read")
-    move(r, op, "aten.upsample_nearest2d.vec", [[int(n) for n in r.data(op.inputs[1], "its size")], None])
+    size = [int(n) for n in r.data(op.inputs[1], "its size")]
+    agrees(r, op, [None, *size, None])
+    move(r, op, "aten.upsample_nearest2d.vec", [size, None])
     r.ops[-1].attrs["layout"] = "NHWC"
 
 
