@@ -155,7 +155,9 @@ POOLS: dict[str, tuple[Tensor, list[Function]]] = {
 
 
 def test_what_cannot_follow_the_batch_is_written_for_one_sample() -> None:
-    model = One([lambda x: torch.zeros(x.shape[0], 2) + 1, lambda x: x.new_zeros(x.shape[0], 3) + x[:, 0, :3]])
+    model = One(
+        [lambda x: torch.zeros(x.shape[0], 2) + 1, lambda x: x.new_zeros(x.shape[0], 3) + x[:, 0, :3]]
+    )
     program, _ = check(model, _x(3, 4, 6))
     assert program.input_shapes == [(1, 4, 6)]
 

@@ -225,3 +225,18 @@ def dynamic_quantize(x: Tensor) -> tuple[Tensor, Any]:
     zero_point = np.clip(np.rint(_f32(0) - lo / scale), 0, 255).astype(np.int32)
     codes = np.clip(np.rint(values / scale) + zero_point, 0, 255).astype(np.int32)
     return torch.from_numpy(codes), (scale, int(zero_point))
+
+
+def dynamic_quantize_rows(x: Tensor, axes: int) -> tuple[Tensor, Tensor]:
+    """The same for each part of a tensor by itself: codes less their zero points, and scales.
+
+    Numbers along the last ``axes`` axes share a range: 1 for the rows of a linear layer, 3 for the images of a batch.
+    """
+    values = x.to(torch.float32).numpy()
+    along = tuple(range(-axes, 0))
+    lo = np.minimum(values.min(along, keepdims=True), _f32(0))
+    hi = np.maximum(values.max(along, keepdims=True), _f32(0))
+    scale = np.where(hi > lo, (hi - lo) / _f32(255), _f32(1)).astype(np.float32)
+    zero_point = np.clip(np.rint(_f32(0) - lo / scale), 0, 255)
+    codes = np.clip(np.rint(values / scale) + zero_point, 0, 255) - zero_point
+    return torch.from_numpy(codes.astype(np.int32)), torch.from_numpy(scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import ArtifactError, DataError
-from fewbit.model.kernels import accumulate, dequantize, dynamic_quantize
+from fewbit.model.kernels import accumulate, dequantize, dynamic_quantize, dynamic_quantize_rows
 from fewbit.model.profiles import PROFILES
 from fewbit.model.program import Coding, Op, Program, aten, decode_args
 from fewbit.numerics.qtensor import QTensor
@@ -134,15 +134,20 @@ def _keywords(op: Op, inputs: list[Any]) -> dict[str, Any]:
 def _dynamic(op: Op, x: Tensor) -> Tensor:
     """A convolution or linear layer whose input is quantized with its own range; float32 in and out.
 
-    ONNX Runtime multiplies the int32 accumulator, as float32, by s_x * s_w and adds the float bias.
+    ONNX Runtime multiplies the int32 accumulator, as float32, by s_x * s_w and adds the float bias. LiteRT does so
+    too, but gives each row of a matrix, and each image of a batch, a range of its own (``rows`` in the attributes).
     """
-    codes, (scale, zero_point) = dynamic_quantize(x)
     kind = op.kind.removeprefix("dynamic_")
+    if op.attrs.get("rows"):
+        codes, scale = dynamic_quantize_rows(x, 1 if kind == "linear" else x.dim() - 1)
+        coding = Coding(_DYNAMIC, 1.0, 0)
+    else:
+        codes, (one, zero_point) = dynamic_quantize(x)
+        scale, coding = torch.tensor(one), Coding(_DYNAMIC, float(one), zero_point)
     integer = Op(kind, "integer", op.layer, op.node, [], "", op.attrs, {"weight": op.constants["weight"]})
-    acc = accumulate(integer, codes, Coding(_DYNAMIC, float(scale), zero_point)).to(torch.float32)
-    multiplier = torch.tensor(scale) * op.constants["weight_scale"].to(torch.float32)
+    acc = accumulate(integer, codes, coding).to(torch.float32)
     shape = (-1, *[1] * (acc.dim() - 2)) if kind == "conv" else (-1,)
-    acc = acc * multiplier.reshape(shape)
+    acc = acc * (scale * op.constants["weight_scale"].to(torch.float32).reshape(shape))
     return acc + op.constants["bias"].reshape(shape) if "bias" in op.constants else acc
 
 

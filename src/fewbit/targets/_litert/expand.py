@@ -47,10 +47,12 @@ class Call:
     def __init__(self, expansion: "Expansion", op: Op) -> None:
         self.expansion, self.op = expansion, op
         inputs = [expansion.given(name) for name in op.inputs]
-        self.args: list[Any] = decode_args(op.attrs["args"], inputs)
+        self.args: list[Any] = decode_args(op.attrs.get("args", [{"$": 0}]), inputs)
         self.constants = op.constants
         if op.kind == "module":
             self.arguments: dict[str, Any] = dict(op.attrs["config"])
+        elif "target" not in op.attrs:
+            self.arguments = dict(op.attrs)
         else:
             declared = aten(op.attrs["target"])._schema.arguments
             defaults = {a.name: a.default_value for a in declared}
@@ -129,7 +131,7 @@ class Call:
         """The operation itself, with other fields."""
         op = dataclasses.replace(self.op, **changes)
         meta = torch.empty(self.shape if shape is None else shape, dtype=self.dtype, device="meta")
-        return self._emit(op.kind, op.inputs, meta, op.attrs, op.constants, op.domain)
+        return self._emit(op.kind, op.inputs, meta, op.attrs, op.constants, op.domain, op.note)
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
         """A value as another type; numbers are left to the operator that takes them."""
@@ -166,13 +168,15 @@ class Call:
 
     def _emit(
         self, kind: str, inputs: list[str], meta: Tensor, attrs: dict[str, Any], constants: dict[str, Tensor],
-        domain: str,
+        domain: str, note: str | None = None,
     ) -> Value:  # fmt: skip
         label = kind.split(".")[1] if kind.startswith("aten.") else kind
         name = self.expansion.unique(f"{self.op.output}_{label}")
         if domain == "shares" and self.op.inputs[0] in self.expansion.codings:
             self.expansion.codings[name] = self.expansion.codings[self.op.inputs[0]]
-        op = Op(kind, domain, self.op.layer, self.op.node, inputs, name, attrs, constants, self.op.note)
+        op = Op(
+            kind, domain, self.op.layer, self.op.node, inputs, name, attrs, constants, note or self.op.note
+        )
         self.emitted.append(op)
         self.expansion.metas[name] = meta.to("meta")
         return Value(name, self.expansion.metas[name])

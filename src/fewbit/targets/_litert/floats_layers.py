@@ -6,15 +6,10 @@ from torch import Tensor
 
 from fewbit.model.program import Op
 from fewbit.model.reference import module_state
+from fewbit.targets._litert.floats_weights import coded, fits_four_bits, parameter
 from fewbit.targets._litert.floats_windows import paddings, per_dim
 from fewbit.targets._litert.floats_writers import Write
 from fewbit.targets._litert.writer import Writer, array
-
-
-def parameter(w: Writer, op: Op, name: str, arrange: tuple[int, ...] | None = None) -> str:
-    """A parameter in float32, its axes rearranged."""
-    value = module_state(op)[name].to(torch.float32)
-    return w.b.constant(f"{op.output}/{name}", array(value if arrange is None else value.permute(arrange)))
 
 
 def bias(w: Writer, op: Op, count: int) -> str:
@@ -25,9 +20,7 @@ def bias(w: Writer, op: Op, count: int) -> str:
 
 
 def _linear(w: Writer, op: Op) -> None:
-    names = [op.inputs[0], parameter(w, op, "weight")]
-    if "bias" in op.constants:
-        names.append(parameter(w, op, "bias"))
+    names = [op.inputs[0], parameter(w, op, "weight"), *_float_bias(w, op)]
     output, activation = w.clamped(op)
     fields = {"keepNumDims": len(w.shapes[op.inputs[0]]) != 2, "fusedActivationFunction": activation}
     w.b.operator("FULLY_CONNECTED", names, [output], ("FullyConnectedOptions", fields), 5)
@@ -54,12 +47,48 @@ def _convolution(w: Writer, op: Op) -> None:
     w.b.operator(name, names, [output], (table, fields), 2)
 
 
+def _dynamic_linear(w: Writer, op: Op) -> None:
+    """LiteRT's own mixed kernel: codes of weights, and an input that it quantizes row by row."""
+    codes = op.constants["weight"]
+    names = [op.inputs[0], _codes(w, op, codes, 0, fits_four_bits(codes)), *_float_bias(w, op)]
+    output, activation = w.clamped(op)
+    fields = {"keepNumDims": len(w.shapes[op.inputs[0]]) != 2, "fusedActivationFunction": activation,
+              "asymmetricQuantizeInputs": True}  # fmt: skip
+    w.b.operator("FULLY_CONNECTED", names, [output], ("FullyConnectedOptions", fields), 12)
+
+
+def _dynamic_conv(w: Writer, op: Op) -> None:
+    """The same for images; 4-bit codes take a byte each, as no fast kernel reads them packed."""
+    stride, dilation = op.attrs["stride"], op.attrs["dilation"]
+    weight = op.constants["weight"].permute(0, 2, 3, 1)
+    names = [op.inputs[0], _codes(w, op, weight, 0, False), bias(w, op, weight.shape[0])]
+    output, activation = w.clamped(op)
+    fields = {
+        "padding": 0 if any(op.attrs["pad"]) else 1, "strideH": stride[0], "strideW": stride[1],
+        "dilationHFactor": dilation[0], "dilationWFactor": dilation[1], "fusedActivationFunction": activation,
+    }  # fmt: skip
+    w.b.operator("CONV_2D", names, [output], ("Conv2DOptions", fields), 5)
+
+
+def _codes(w: Writer, op: Op, codes: Tensor, axis: int, narrow: bool) -> str:
+    scales = array(op.constants["weight_scale"]).astype(np.float32).reshape(-1)
+    zeros = np.zeros(len(scales), np.int64)
+    return coded(w, f"{op.output}/weight", array(codes), scales, zeros, axis, narrow)
+
+
+def _float_bias(w: Writer, op: Op) -> list[str]:
+    return [parameter(w, op, "bias")] if "bias" in op.constants else []
+
+
 def _transposed(w: Writer, op: Op) -> None:
     config = op.attrs["config"]
     stride = per_dim(config["stride"], 2)
-    value = _one_group(module_state(op)["weight"], config["groups"])
-    value = _dilated(value, per_dim(config["dilation"], 2)).permute(1, 2, 3, 0)
-    weight = w.b.constant(f"{op.output}/weight", array(value))
+    if config["groups"] == 1 and per_dim(config["dilation"], 2) == [1, 1]:
+        weight = parameter(w, op, "weight", (1, 2, 3, 0))
+    else:
+        value = _one_group(module_state(op)["weight"], config["groups"])
+        value = _dilated(value, per_dim(config["dilation"], 2)).permute(1, 2, 3, 0)
+        weight = w.b.constant(f"{op.output}/weight", array(value))
     output = w.tensor(op.output)
     shape = w.numbers(op, "shape", [int(s or 1) for s in w.shapes[op.output]])
     fields = {"padding": 0 if any(per_dim(config["padding"], 2)) else 1, "strideH": stride[0], "strideW": stride[1],
@@ -96,6 +125,8 @@ def _embedding(w: Writer, op: Op) -> None:
 
 
 LAYERS: dict[str, Write] = {
+    "dynamic_linear": _dynamic_linear,
+    "dynamic_conv": _dynamic_conv,
     "module.Linear": _linear,
     "module.Conv2d": _convolution,
     "module.ConvTranspose2d": _transposed,

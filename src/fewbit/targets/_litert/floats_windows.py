@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fewbit.model.program import aten
+from fewbit.numerics.scheme import Scheme
 from fewbit.targets._litert.expand import Call, Expand, Value
 from fewbit.targets._litert.floats_products import linear, product
 
@@ -46,6 +47,33 @@ def _alone(c: Call, dims: int) -> Value:
     attrs = c.op.attrs | {"args": [{"$": 0}]}
     with_batch = c.again(inputs=[x.name], attrs=attrs, shape=shape)
     return c("squeeze.dims", with_batch, [0])
+
+
+def _dynamic_depthwise(c: Call) -> Value | None:
+    """LiteRT's mixed kernel for one channel at a time is slower than float: the codes are read as float weights."""
+    codes, scale = c.constants["weight"], c.constants["weight_scale"]
+    groups, channels, dims = c["groups"], c.x.shape[1], codes.dim() - 2
+    if groups != channels or groups == 1:
+        return None
+    flat = list(c["pad"])
+    x = c("pad.default", c.x, flat, "constant", 0.0) if any(flat) and flat[0::2] != flat[1::2] else c.x
+    padding = flat[0::2][::-1] if x is c.x and flat else [0] * dims
+    config = {
+        "in_channels": channels, "out_channels": codes.shape[0], "kernel_size": list(codes.shape[2:]),
+        "stride": c["stride"], "padding": padding, "dilation": c["dilation"], "groups": groups,
+        "bias": "bias" in c.constants, "padding_mode": "zeros",
+    }  # fmt: skip
+    scheme = Scheme("int8", "channel").to_json()
+    parts = {
+        "weight": codes,
+        "weight::scale": scale,
+        "weight::zero_point": torch.zeros_like(scale, dtype=torch.int32),
+    }
+    parts |= {name: c.constants[name] for name in ("bias",) if name in c.constants}
+    attrs = {"type": f"Conv{dims}d", "config": config, "args": [{"$": 0}], "schemes": {"weight": scheme},
+             "shapes": {"weight": list(codes.shape)}, "shape": list(x.shape)}  # fmt: skip
+    note = "LiteRT's depthwise kernel with a dynamic range is slower than float: computed in float"
+    return c.again(kind="module", inputs=[x.name], attrs=attrs, constants=parts, note=note)
 
 
 def paddings(padding: Any, kernel: list[int], dilation: list[int]) -> list[tuple[int, int]]:
@@ -292,6 +320,7 @@ def _matrix(c: Call, dims: int, axis: int) -> Tensor:
 
 
 WINDOWS: dict[str, Expand] = {
+    "dynamic_conv": _dynamic_depthwise,
     **{f"module.Conv{n}d": _convolution(n) for n in (1, 2)},
     "aten.pad.default": _pad,
     "aten.constant_pad_nd.default": _pad,

@@ -9,6 +9,7 @@ from fewbit.targets._litert.floats_windows import paddings, per_dim
 from fewbit.targets._litert.layout import NHWC, FixedBatch, Layout, key
 from fewbit.targets._litert.moves import MOVES
 from fewbit.targets._litert.rules import (
+    RULES,
     Rule,
     binary,
     elementwise,
@@ -169,6 +170,15 @@ def _convolution(layout: Layout, op: Op) -> None:
     else:
         config["padding"] = 0
     emit_image(layout, op, source, attrs=op.attrs)
+
+
+def _dynamic(layout: Layout, op: Op) -> None:
+    """LiteRT gives each row of a matrix, and each image, a range of its own."""
+    op = dataclasses.replace(op, attrs=op.attrs | {"rows": True})
+    if op.kind == "dynamic_linear":
+        _linear(layout, op)
+    else:
+        RULES["conv"](layout, op)
 
 
 def _one_high(op: Op) -> Op:
@@ -344,6 +354,8 @@ FLOAT_RULES: dict[str, Rule] = {
     "aten.index_select.default": _index_select,
     "aten.gather.default": in_order,
     "aten.einsum.default": _product,
+    "dynamic_linear": _dynamic,
+    "dynamic_conv": _dynamic,
     "module.Linear": _linear,
     "module.Conv1d": _convolution,
     "module.Conv2d": _convolution,
