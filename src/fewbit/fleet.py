@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fewbit.deploy import Artifact, export, runner
-from fewbit.errors import ArtifactError, FewbitError, TargetError
+from fewbit.data import as_batches
+from fewbit.deploy import Artifact, export
+from fewbit.errors import ArtifactError, DataError, FewbitError, TargetError
 from fewbit.evaluation.metrics import Report, evaluate
 from fewbit.model.simulate import QuantizedModel
-from fewbit.tables import text_table
+from fewbit.tables import brief, text_table
 from fewbit.targets import get_target
+from fewbit.versus import Opened
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Fleet:
             ratio,
             check.short_coverage() if check else "not verified",
             f"{100 * value:.2f} %" if isinstance(value, float) else "-",
-            str(report.agreement) if report and report.agreement else "-",
+            brief(report.agreement) if report and report.agreement else "-",
         ]
 
 
@@ -83,10 +85,12 @@ def export_all(
 
     ``test``: labelled data; then the metric is measured in each target's own runtime, and how far its answers agree
     with the quantized model in PyTorch. A target that fails is listed with its error; the others are kept. Raises
-    ``TargetError`` for an unknown target and where every target fails.
+    ``TargetError`` for an unknown target and where every target fails, ``DataError`` for data of the wrong shape.
     """
     folder = Path(folder)
     files = _files(folder, name, targets)
+    if test is not None:
+        _check_test(model, test, len(files))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,15 +99,34 @@ def export_all(
     for target, path in files.items():
         try:
             fleet.artifacts[target] = export(model, path, target=target, verify=verify, time=time)
-            if test is not None:
-                fleet.reports[target] = evaluate(runner(path), test, (metric,), baseline=model)
         except FewbitError as error:
             fleet.failed[target] = error
-            fleet.artifacts.pop(target, None)
+        except Exception as error:  # a runtime's own: the other targets go on
+            text = str(error).splitlines()[0][:300] if str(error) else ""
+            fleet.failed[target] = TargetError(f"{path}: {target} failed with {type(error).__name__}: {text}")
+            fleet.failed[target].__cause__ = error
+    for target, artifact in fleet.artifacts.items() if test is not None else ():
+        try:
+            fleet.reports[target] = evaluate(
+                Opened(artifact.path, model.example), test, (metric,), baseline=model
+            )
+        except FewbitError as error:
+            artifact.notes.append(f"not evaluated: {error}")
     if not fleet.artifacts:
         reasons = "\n".join(f"  {target}: {error}" for target, error in fleet.failed.items())
         raise TargetError(f"no target could be written:\n{reasons}")
     return fleet
+
+
+def _check_test(model: QuantizedModel, test: object, runs: int) -> None:
+    """Raise ``DataError`` before anything is written, not once for each target."""
+    batches = as_batches(test, what="test", labels=True, like=model.example)
+    if batches.one_shot:
+        raise DataError(
+            f"test data is a generator, which can be read once, and {runs} files are to be run on it: give arrays, "
+            "a list of batches or a DataLoader instead"
+        )
+    batches.peek()
 
 
 def _files(folder: Path, name: str, targets: Sequence[str]) -> dict[str, Path]:

@@ -1,0 +1,156 @@
+"""Commands on models: demo, inspect, quantize, formats."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewbit.cli.options import (
+    IO,
+    JSON,
+    MODEL,
+    SHAPE,
+    VERIFY,
+    WEIGHTS,
+    example_of,
+    is_artifact,
+    model_of,
+    overrides,
+    show,
+)
+from fewbit.errors import ArtifactError, ModelError
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the files.")] = Path(
+        "build/demo"
+    ),
+    as_json: JSON = False,
+) -> None:
+    """Quantize a small network for digits, export it, run the file, and compare.
+
+    Example: `fewbit demo -o /tmp/demo`
+    """
+    from fewbit.demo.run import run
+
+    result = run(output)
+    if as_json:
+        show(result.to_json(), "", as_json)
+        return
+    from fewbit.demo.table import show as show_table
+
+    show_table(result)
+
+
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A runtime's file (any int8 .tflite too), a model file, a saved folder, or `module:factory`."
+        ),
+    ],
+    recipe: Annotated[str, typer.Option(help="Which recipe to plan with, for a float model.")] = "int8",
+    target: Annotated[str, typer.Option(help="Which runtime to plan for.")] = "onnx",
+    weights: WEIGHTS = None,
+    shape: SHAPE = "",
+    as_json: JSON = False,
+) -> None:
+    """Show the plan of a model, tensor by tensor: format, constraint, and why; or the operations in a file.
+
+    Examples: `fewbit inspect model.int8.tflite`, `fewbit inspect net.keras`, `fewbit inspect net:build --shape 8,1,8,8`
+    """
+    description = _description(model)
+    if description is None:
+        plan = _plan_of(model, recipe, target, weights, shape)
+        show(plan.to_json(), str(plan), as_json)
+    elif as_json:
+        show(description, "", as_json)
+    else:
+        from fewbit.report.files import show_file
+
+        show_file(description)
+
+
+def _description(name: str) -> dict[str, Any] | None:
+    """What is inside a runtime's file; None for what is a model to be planned."""
+    if not is_artifact(name):
+        return None
+    from fewbit.deploy import describe
+
+    try:
+        return describe(name)
+    except ArtifactError as error:
+        if Path(name).suffix != ".onnx" or not Path(name).is_file():
+            raise
+        # Most ONNX files are float models that fewbit did not write: those are planned.
+        print(f"note: {error}; read as a model instead", file=sys.stderr)
+        return None
+
+
+def _plan_of(name: str, recipe: str, target: str, weights: Path | None, shape: str) -> Any:
+    from fewbit.model.simulate import QuantizedModel
+    from fewbit.pipeline import plan
+
+    model = model_of(name, weights)
+    if isinstance(model, QuantizedModel):
+        return model.plan
+    example = example_of(shape, model)
+    if example is None:
+        raise ModelError(f"{name}: give the shape of an input to plan with, such as --shape 8,3,32,32")
+    return plan(model, example, recipe=recipe, target=target)
+
+
+def quantize(
+    model: MODEL,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A runtime's file, or a folder to save to.")],
+    calibration: Annotated[Path | None, typer.Option(help=".npy or .npz with typical inputs.")] = None,
+    recipe: Annotated[str, typer.Option(help="A preset's name or a TOML file.")] = "int8",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Replace a value of the recipe: `weights=int4`.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The runtime; by default the one that the output's suffix is of.")
+    ] = None,
+    io: IO = "float32",
+    weights: WEIGHTS = None,
+    shape: SHAPE = "",
+    verify: VERIFY = True,
+    as_json: JSON = False,
+) -> None:
+    """Quantize a model and write it for a runtime, verified; or save it to a folder, to export it later.
+
+    Examples: `fewbit quantize model.keras --calibration images.npy --io int8 -o model.tflite`,
+    `fewbit quantize net:build --weights net.safetensors --calibration images.npy -o net.int8.onnx`
+    """
+    from fewbit.deploy import export, target_of
+    from fewbit.pipeline import quantize as run
+    from fewbit.storage import save
+
+    as_file = is_artifact(str(output))
+    if not as_file and io != "float32":
+        raise typer.BadParameter(f"{output} is a folder: --io is for files")
+    quantized = run(
+        model_of(model, weights),
+        None if calibration is None else str(calibration),
+        example=example_of(shape),
+        recipe=recipe,
+        target=target or (target_of(output) if as_file else "onnx"),
+        **overrides(settings or []),
+    )
+    if as_file:
+        artifact = export(quantized, output, verify=verify, io=io)
+        show(artifact.to_json(), str(artifact), as_json)
+    else:
+        save(quantized, output)
+        show({"path": str(output), "recipe": quantized.plan.recipe}, f"{output}: saved", as_json)
+
+
+def formats(as_json: JSON = False) -> None:
+    """The number formats and their ranges."""
+    from fewbit.numerics.format import format_names, get_format
+
+    rows = [{"name": f.name, "bits": f.bits, "lowest": f.qmin, "highest": f.qmax}
+            for f in map(get_format, format_names())]  # fmt: skip
+    text = "\n".join(f"{r['name']:<8} {r['bits']:>2} bits  {r['lowest']:g} to {r['highest']:g}" for r in rows)
+    show(rows, text, as_json)
