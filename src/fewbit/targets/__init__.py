@@ -72,7 +72,11 @@ class Target(Protocol):
         """The file ready to run, on one thread. Raises ``ArtifactError`` where the runtime refuses it."""
 
     def open_exact(self, path: Path) -> Runner:
-        """The same by the kernels that the reference reproduces, where ``open`` uses other, faster ones."""
+        """The same by the kernels that the reference reproduces, where ``open`` uses other, faster ones.
+
+        Such a target also has ``fast_codes(program, seen)``: codes by the faster kernels, one operation at a time, on
+        the codes that ``probe`` saw.
+        """
 
     def describe(self, path: Path) -> Described:
         """What the file carries. Raises ``ArtifactError`` for a damaged file."""

@@ -2,7 +2,7 @@
 
 The gate runs a file twice: with the reference kernels, whose every code must be what the program says (an int32
 multiplier and shift, ``q31_double``), and with the kernels that LiteRT chooses itself (XNNPACK, which requantizes in
-float32), whose differences are counted.
+float32), whose differences are counted, layer by layer and at the outputs.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from fewbit.model.program import Program
 from fewbit.numerics.scheme import Scheme
 from fewbit.plan import Row
 from fewbit.targets import Kernel
+from fewbit.targets._litert.fast import fast_codes
 from fewbit.targets._litert.prepare import prepare
 from fewbit.targets._litert.reader import PROPERTIES, read_back
 from fewbit.targets._litert.runtime import open_exact, open_file, probe, runtime
@@ -80,6 +81,7 @@ __all__ = [
     "check",
     "coverage",
     "describe",
+    "fast_codes",
     "open",
     "open_exact",
     "portable_bounds",

@@ -92,6 +92,15 @@ class Session:
         except (ValueError, RuntimeError) as error:
             raise TargetError(f"{self.path}: LiteRT failed: {_first_line(error)}") from error
 
+    def codes(self, inputs: list[Tensor]) -> Tensor:
+        """The first output's codes for inputs that are codes, in a file that takes and gives codes."""
+        with quiet():
+            self._resize([tuple(x.shape) for x in inputs])
+            for x, detail in zip(inputs, self.inputs, strict=True):
+                self.it.set_tensor(detail["index"], x.numpy().astype(detail["dtype"]))
+            self.it.invoke()
+            return torch.from_numpy(self.it.get_tensor(self.outputs[0]["index"]).astype(np.int32))
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the last call by name, as it is stored."""
         found = {}
