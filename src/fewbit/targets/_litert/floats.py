@@ -2,6 +2,7 @@
 
 from fewbit.model.program import Program
 from fewbit.targets._litert.expand import Expand, Expansion
+from fewbit.targets._litert.floats_arithmetic import ARITHMETIC
 from fewbit.targets._litert.floats_functions import FUNCTIONS
 from fewbit.targets._litert.floats_products import PRODUCTS
 from fewbit.targets._litert.floats_recurrent import RECURRENT
@@ -11,7 +12,7 @@ from fewbit.targets._litert.floats_windows import WINDOWS
 from fewbit.targets._litert.fusion import norms_joined
 from fewbit.targets._litert.shapes import Sizes
 
-EXPANSIONS: dict[str, Expand] = FUNCTIONS | REDUCTIONS | PRODUCTS | WINDOWS | SHAPES | RECURRENT
+EXPANSIONS: dict[str, Expand] = FUNCTIONS | ARITHMETIC | REDUCTIONS | PRODUCTS | WINDOWS | SHAPES | RECURRENT
 
 
 def expanded(program: Program, sizes: Sizes, free_batch: bool) -> Program:

@@ -13,7 +13,7 @@ from fewbit.model.program import Op
 from fewbit.model.reference import module_state
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme, blocks
-from fewbit.targets._litert.writer import Writer, array
+from fewbit.targets._litert.writer import Writer, array, packed
 
 
 def parameter(w: Writer, op: Op, name: str, arrange: tuple[int, ...] | None = None) -> str:
@@ -56,14 +56,6 @@ def _narrow(op: Op, codes: Tensor) -> bool:
 
 def fits_four_bits(codes: Tensor) -> bool:
     return bool(codes.numel()) and int(codes.min()) >= -8 and int(codes.max()) <= 7
-
-
-def packed(codes: np.ndarray) -> np.ndarray:
-    """Two 4-bit codes a byte, the first one in the low half."""
-    flat = codes.reshape(-1).astype(np.uint8) & 0xF
-    if len(flat) % 2:
-        flat = np.append(flat, np.uint8(0))
-    return (flat[0::2] | (flat[1::2] << 4)).astype(np.uint8)
 
 
 def coded(
