@@ -61,7 +61,7 @@ def write(program: Program, path: Path, metadata: dict[str, str]) -> None:
     """Write the program, lowered to XNNPACK, with a description of itself that refers to the file's own constants."""
     lowering = Lowering(program, fixed_sizes(program, metadata))
     facts = {"metadata": metadata, "independent": lowering.independent}
-    text = pte.described(program, pte.blobs(lowering.data()), facts)
+    text = pte.described(program, pte.by_hash(lowering.constants()), facts)
     path.write_bytes(lowering.data({pte.METHOD: text}))
 
 

@@ -3,9 +3,11 @@
 import base64
 import hashlib
 import json
+import re
 import struct
 import tempfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +22,7 @@ from fewbit.model.program import Program
 from fewbit.targets._pt2e.xnnpack import package
 
 METHOD = "fewbit"  # a method of the file that returns what fewbit has to say about it
+_INFINITE = re.compile(r"(: -?)inf\b")
 _LARGEST_DESCRIPTION = 64 * 2**20
 _DTYPES = {str(d): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16,
                                torch.int32, torch.int64, torch.bool)}  # fmt: skip
@@ -47,17 +50,13 @@ def read(path: Path, data: bytes) -> Content:
             return Content()
         found = _unpacked(texts[0])
         properties = {str(k): str(v) for k, v in found["metadata"].items()}
-        return Content(_restored(found, _by_hash(file)), properties, bool(found["independent"]))
+        kept = [] if file.named_data is None else [bytes(b) for b in file.named_data.buffers]
+        return Content(_restored(found, by_hash(kept)), properties, bool(found["independent"]))
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
             RecursionError, zlib.error, struct.error) as error:  # fmt: skip
         raise ArtifactError(
             f"{path}: its program is damaged ({type(error).__name__}: {error!s:.200})"
         ) from error
-
-
-def blobs(data: bytes) -> dict[str, bytes]:
-    """The file's constants by the hash of their bytes."""
-    return _by_hash(_file(data))
 
 
 def graphs(path: Path, data: bytes) -> list[dict[str, Any]]:
@@ -74,8 +73,9 @@ def _file(data: bytes) -> Any:
     return package("exir._serialize._program").deserialize_pte_binary(data)
 
 
-def _by_hash(file: Any) -> dict[str, bytes]:
-    return {} if file.named_data is None else {_hash(bytes(b)): bytes(b) for b in file.named_data.buffers}
+def by_hash(constants: Iterable[bytes]) -> dict[str, bytes]:
+    """Constants of a file by what the description knows them by."""
+    return {_hash(constant): constant for constant in constants}
 
 
 def _graph(data: bytes) -> dict[str, Any]:
@@ -90,7 +90,8 @@ def _graph(data: bytes) -> dict[str, Any]:
         (folder / "schema.fbs").write_bytes(schema)
         decompile = package("exir._serialize._flatbuffer")._flatc_decompile
         decompile(name, str(folder / "schema.fbs"), str(folder / "graph.bin"), ["--raw-binary"])
-        graph: dict[str, Any] = json.loads((folder / "graph.json").read_text(encoding="utf-8"))
+        text = (folder / "graph.json").read_text(encoding="utf-8")
+    graph: dict[str, Any] = json.loads(_INFINITE.sub(r"\1Infinity", text))  # limits of clamps
     return graph
 
 

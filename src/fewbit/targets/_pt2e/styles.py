@@ -54,5 +54,10 @@ def attention(
     return product(torch.softmax(scores if attn_mask is None else scores + attn_mask, -1), value)
 
 
-ONEDNN = Style(per_tensor)
-XNNPACK = Style(per_row, {"aten.scaled_dot_product_attention.default": attention}, decoded=True)
+_MOVES = frozenset(("slice", "split", "repeat", "flip", "pixel_shuffle"))
+ONEDNN = Style(
+    per_tensor,
+    moves=_MOVES | {"reshape", "transpose"},
+    lifted=True,  # torch 2.13 expects wrong sizes of padded one-dimensional integer convolutions
+)
+XNNPACK = Style(per_row, {"aten.scaled_dot_product_attention.default": attention}, moves=_MOVES, decoded=True)

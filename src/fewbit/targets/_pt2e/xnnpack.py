@@ -42,8 +42,16 @@ class Lowering:
             single = tuple(x[: shape[0]] if shape else x for x, shape in zip(inputs, one, strict=True))
             self._edge = _lower(module, single, one)
 
+    def constants(self) -> list[bytes]:
+        """The tensors that XNNPACK's parts keep."""
+        parts = [
+            getattr(m, "named_data_store_output", None)
+            for m in self._edge.exported_program().graph_module.modules()
+        ]
+        return [bytes(buffer) for part in parts if part is not None for buffer in part.buffers]
+
     def data(self, methods: dict[str, str] | None = None) -> bytes:
-        """The file's bytes; ``methods``: more methods of the file, and the text that each returns."""
+        """The file's bytes, once; ``methods``: more methods of the file, and the text that each returns."""
         exir = package("exir")
         unchecked = exir.EdgeCompileConfig(
             _check_ir_validity=False
