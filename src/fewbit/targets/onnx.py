@@ -1,6 +1,5 @@
 """ONNX, run by ONNX Runtime: Q/DQ nodes over int8 and int4 initializers, in the patterns its integer kernels take."""
 
-import dataclasses
 from pathlib import Path
 
 import onnx
@@ -10,6 +9,7 @@ from fewbit.plan import Row
 from fewbit.targets._onnx.probe import coverage, probe, read_back
 from fewbit.targets._onnx.runtime import open_file, runtime
 from fewbit.targets._onnx.writer import Writer
+from fewbit.targets._planning import check, unsigned
 from fewbit.targets._saturation import portable_bounds
 
 SUFFIX = ".onnx"
@@ -20,29 +20,8 @@ open = open_exact = open_file
 
 
 def adapt(row: Row) -> Row:
-    """Signed activations become unsigned of the same width: as many levels, and the only ones with fast x86 kernels."""
-    scheme = row.scheme
-    if (
-        scheme is None
-        or row.kind == "weight"
-        or not scheme.spec.integer
-        or scheme.dynamic
-        or scheme.qmin >= 0
-    ):
-        return row
-    unsigned = dataclasses.replace(scheme, format=f"u{scheme.format}", narrow=False)
-    because = f"{row.because}; unsigned, as the integer kernels of ONNX Runtime on x86 want it"
-    return dataclasses.replace(row, scheme=unsigned, because=because)
-
-
-def check(row: Row) -> str | None:
-    """None where ONNX Runtime can run the row, else why not and what to do."""
-    scheme = row.scheme
-    if scheme is None:
-        return None
-    if row.kind != "weight" and (not scheme.spec.integer or scheme.spec.bits > 8):
-        return f"{scheme.format} activations have no integer kernel; use 8 bits or fewer, or keep the layer float"
-    return None
+    """Activations unsigned: see ``unsigned``."""
+    return unsigned(row, "ONNX Runtime")
 
 
 def prepare(program: Program) -> Program:

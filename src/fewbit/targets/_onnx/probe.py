@@ -22,6 +22,10 @@ from fewbit.targets._onnx.runtime import session
 
 METADATA = "fewbit.program"
 _LARGEST_DESCRIPTION = 64 * 2**20
+# What a description that is damaged, or was made to do harm, can raise on its way to a program.
+DAMAGE = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError, zlib.error,
+)  # fmt: skip
 
 INTEGER_KERNELS = {
     "conv": {"QLinearConv"},
@@ -43,8 +47,21 @@ def describe(program: Program, constants: dict[str, str], codes: dict[str, str])
     data = program.to_json()
     for op in data["ops"]:
         op["constants"] = [role for role in op["constants"] if f"{op['output']}.{role}" in constants]
-    text = json.dumps({"program": data, "constants": constants, "codes": codes}, separators=(",", ":"))
+    return packed({"program": data, "constants": constants, "codes": codes})
+
+
+def packed(data: dict[str, Any]) -> str:
+    """JSON as text of few and harmless characters."""
+    text = json.dumps(data, separators=(",", ":"))
     return base64.b85encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def unpacked(text: str) -> dict[str, Any]:
+    """The inverse of ``packed``; raises one of ``DAMAGE`` for anything else."""
+    found: dict[str, Any] = json.loads(
+        zlib.decompressobj().decompress(base64.b85decode(text), _LARGEST_DESCRIPTION)
+    )
+    return found
 
 
 def read_back(path: Path) -> Described:
@@ -59,9 +76,7 @@ def read_back(path: Path) -> Described:
             f"{path}: an ONNX file without fewbit's program; only files that fewbit exported can be verified"
         )
     try:
-        unpacker = zlib.decompressobj()
-        text = unpacker.decompress(base64.b85decode(properties[METADATA]), _LARGEST_DESCRIPTION)
-        data = json.loads(text)
+        data = unpacked(properties[METADATA])
         stored = {i.name: i for i in model.graph.initializer}
         tensors = {
             key: torch.from_numpy(_plain(numpy_helper.to_array(stored[name])))
@@ -76,13 +91,18 @@ def read_back(path: Path) -> Described:
                 op.constants["bias"] = torch.round(bias.double() / torch.from_numpy(unit).double()).to(
                     torch.int32
                 )
-            if op.kind == "table":  # a file stores the function, not its table
-                values = function_values(op.attrs["function"], program.codings[op.inputs[0]])
-                op.constants["table"] = quantize_table(values, program.codings[op.output])
+        add_tables(program)
         return Described(program, codes, properties)
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
-            zlib.error) as error:  # fmt: skip
+    except DAMAGE as error:
         raise ArtifactError(f"{path}: its program is damaged ({type(error).__name__}: {error})") from error
+
+
+def add_tables(program: Program) -> None:
+    """Give functions of codes their tables: a file stores the function only."""
+    for op in program.ops:
+        if op.kind == "table":
+            values = function_values(op.attrs["function"], program.codings[op.inputs[0]])
+            op.constants["table"] = quantize_table(values, program.codings[op.output])
 
 
 def load(path: Path) -> onnx.ModelProto:
