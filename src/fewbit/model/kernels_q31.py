@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewbit.model.fixed_point import hard_swish_codes, quantized_beta, softmax_codes
 from fewbit.model.kernels import KERNELS as COMMON
 from fewbit.model.kernels import Kernel, accumulate, exact_matmul, limits
 from fewbit.model.program import Coding, Op
-from fewbit.model.softmax_q31 import quantized_beta, softmax_codes
 from fewbit.numerics.requantize import q31_constants, q31_double, q31_single, scale_q31
 
 _ADD_SHIFT = 20  # both operands of a sum are scaled up by this before they are brought to a common scale
@@ -78,6 +78,12 @@ def _leaky_relu(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) ->
     return torch.where(x >= 0, above, below)
 
 
+def _hard_swish(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
+    x = xs[0].numpy().astype(np.int64) - codings[0].zero_point
+    codes = hard_swish_codes(x, codings[0].scale, out.scale) + out.zero_point
+    return torch.from_numpy(np.clip(codes, *limits(op, out)).astype(np.int32))
+
+
 def _avg_pool(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
     """The mean of the codes themselves, half away from zero: input and output share one coding."""
     kernel, stride = op.attrs["kernel"], op.attrs["stride"]
@@ -126,6 +132,7 @@ KERNELS: dict[str, Kernel] = COMMON | {
     "softmax": _softmax,
     "requantize": _requantize,
     "leaky_relu": _leaky_relu,
+    "hard_swish": _hard_swish,
 }
 
 

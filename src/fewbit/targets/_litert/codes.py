@@ -17,7 +17,6 @@ _FUSING = ("conv", "linear", "add", "mul")  # kinds whose operation can clamp it
 NATIVE = {
     "aten.sigmoid.default": "LOGISTIC",
     "aten.tanh.default": "TANH",
-    "aten.hardswish.default": "HARD_SWISH",
     "aten.gelu.default": "GELU",
     "aten.exp.default": "EXP",
     "aten.abs.default": "ABS",
@@ -103,6 +102,8 @@ def _function(op: Op, codings: dict[str, Coding], clamp: list[int]) -> list[Op]:
     if target == "aten.leaky_relu.default":
         alpha = function["args"][1] if len(function["args"]) > 1 else 0.01
         return [dataclasses.replace(op, kind="leaky_relu", attrs={"alpha": alpha}, constants={})]
+    if target == "aten.hardswish.default":
+        return [dataclasses.replace(op, kind="hard_swish", attrs={}, constants={})]
     fixed = _FIXED.get(target)
     if target in NATIVE and (fixed is None or codings[op.output] == fixed):
         return [dataclasses.replace(op)]

@@ -106,7 +106,7 @@ def _table(w: Writer, op: Op) -> None:
     options: tuple[str, dict[str, Any]] | None = None
     if name == "GELU":
         options = ("GeluOptions", {"approximate": function["kwargs"].get("approximate") == "tanh"})
-    w.b.operator(name, op.inputs, [w.tensor(op.output)], options, 1 if name == "HARD_SWISH" else 2)
+    w.b.operator(name, op.inputs, [w.tensor(op.output)], options, 2)
 
 
 def _leaky_relu(w: Writer, op: Op) -> None:
@@ -247,6 +247,7 @@ OPERATORS: dict[str, Write] = {
     "softmax": simple("SOFTMAX", "SoftmaxOptions", 2, beta=1.0),
     "table": _table,
     "leaky_relu": _leaky_relu,
+    "hard_swish": simple("HARD_SWISH", "HardSwishOptions", 1),
     "clip": _clip,
     "pad": _pad,
     "aten.max_pool2d.default": _max_pool,

@@ -189,6 +189,10 @@ def _leaky_relu(r: Reading, op: Operator) -> None:
     r.add(op, "leaky_relu", "integer", [r.value(op.inputs[0])], {"alpha": float(op.options["alpha"])})
 
 
+def _hard_swish(r: Reading, op: Operator) -> None:
+    r.add(op, "hard_swish", "integer", [r.value(op.inputs[0])])
+
+
 def _relu(name: str) -> Read:
     def read(r: Reading, op: Operator) -> None:
         source = r.value(op.inputs[0])
@@ -301,6 +305,7 @@ INTEGER_READERS: dict[str, Read] = {
     "CONCATENATION": _concat,
     "SOFTMAX": _softmax,
     "LEAKY_RELU": _leaky_relu,
+    "HARD_SWISH": _hard_swish,
     "MAXIMUM": _bound(lower=True),
     "MINIMUM": _bound(lower=False),
     "PAD": _pad,

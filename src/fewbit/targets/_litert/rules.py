@@ -302,6 +302,7 @@ RULES: dict[str, Rule] = {
     "concat": _concat,
     "softmax": last_axis,
     "leaky_relu": elementwise,
+    "hard_swish": elementwise,
     "aten.max_pool1d.default": max_pool,
     "aten.max_pool2d.default": max_pool,
 }

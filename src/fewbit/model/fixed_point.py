@@ -1,7 +1,6 @@
-"""Softmax on 8-bit codes in fixed point: exponentials by squares of a short polynomial, a reciprocal by Newton's steps.
+"""Softmax and hard swish on 8-bit codes in fixed point, as TFLite's reference kernels compute them.
 
-The arithmetic of gemmlowp's ``fixedpoint.h`` (Jacob et al., arXiv 1712.05877, appendix), as TFLite's reference kernel,
-TFLite Micro and CMSIS-NN compute it. A number with k integer bits is an int32 that stands for raw / 2**(31 - k).
+Exponentials come from squares of a short polynomial, the reciprocal from Newton's steps. The arithmetic of gemmlowp's ``fixedpoint.h`` (Jacob et al., arXiv 1712.05877, appendix); TFLite Micro and CMSIS-NN share the softmax. A number with k integer bits is an int32 that stands for raw / 2**(31 - k).
 """
 
 import numpy as np
@@ -36,6 +35,44 @@ def quantized_beta(scale: float) -> tuple[int, int]:
     mantissa, exponent = np.frexp(real)
     fixed = int(np.floor(mantissa * 2.0**31 + 0.5))
     return (fixed // 2, int(exponent) + 1) if fixed == 2**31 else (fixed, int(exponent))
+
+
+def hard_swish_codes(x: Ints, scale: float, out_scale: float) -> Ints:
+    """x * min(max(x + 3, 0), 6) / 6 for int64 codes without their zero point; codes without the output's zero point.
+
+    In 16 bits: x with 7 more bits, and (x + 3) / 6 clamped to [-1, 1] with 15.
+    """
+    fine = np.float64(np.float32(1 / 128) * np.float32(scale))
+    out_multiplier, out_shift = _multiplier16(float(fine / np.float64(np.float32(out_scale))))
+    gate_multiplier, gate_shift = _multiplier16(float(fine / np.float64(np.float32(3.0 / 32768))))
+    wide = x << 7
+    value = _high16(wide, out_multiplier)
+    gate = wide if gate_shift <= 0 else np.clip(wide << (gate_shift - 1), -(2**15), 2**15 - 1)
+    gate = _high16(gate, gate_multiplier)
+    if gate_shift > 0:
+        gate = np.clip(gate << 1, -(2**15), 2**15 - 1)
+    elif gate_shift < 0:
+        gate = _divided(gate, -gate_shift)
+    gate = (gate + (1 << 15)) >> 1
+    product = gate * value
+    result = np.clip(np.sign(product) * (np.abs(product) >> 15), -(2**15), 2**15 - 1)  # cut towards zero
+    return result << out_shift if out_shift >= 0 else _divided(result, -out_shift)
+
+
+def _multiplier16(real: float) -> tuple[int, int]:
+    """A 16-bit multiplier and a shift: real ~ multiplier * 2**(shift - 15)."""
+    mantissa, exponent = np.frexp(real)
+    fixed = int(np.floor(mantissa * 2.0**31 + 0.5))
+    if fixed == 2**31:
+        fixed, exponent = fixed // 2, exponent + 1
+    return min((fixed + (1 << 15)) >> 16, 2**15 - 1), int(exponent)
+
+
+def _high16(a: Ints, b: int) -> Ints:
+    """The upper half of a doubled 16-bit product, rounded."""
+    product = a * np.int64(b)
+    total = product + np.where(product >= 0, 1 << 14, 1 - (1 << 14))
+    return np.clip(np.sign(total) * (np.abs(total) >> 15), -(2**15), 2**15 - 1)
 
 
 def _high(a: Ints, b: Ints | int) -> Ints:
