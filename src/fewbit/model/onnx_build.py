@@ -18,7 +18,7 @@ from fewbit.errors import ModelError
 from fewbit.model import onnx_sizes
 from fewbit.model.onnx_names import identifier
 
-LARGEST = 2**28  # numbers in one tensor of a run on the example: a gigabyte
+LARGEST = 2**27  # numbers in one tensor of a run on the example: half a gigabyte
 _GIVEN = object()
 
 

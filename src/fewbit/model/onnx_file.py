@@ -13,6 +13,7 @@ import numpy as np
 from fewbit.errors import ArtifactError, ModelError
 
 OLDEST = 7
+MAPPED = 2**24  # bytes of external data from which on a tensor stays in its file until it is used
 LARGEST_FILE = 2**31 - 1  # protobuf's own limit
 _FIELDS = {"FLOAT": "float_data", "DOUBLE": "double_data", "INT64": "int64_data",
            "UINT32": "uint64_data", "UINT64": "uint64_data"}  # fmt: skip
@@ -165,7 +166,7 @@ def _inside(path: Path, location: str, name: str) -> Path:
 
 
 def array(tensor: Any, path: Path) -> np.ndarray:
-    """The numbers of a stored tensor; those in another file are mapped into memory, not read.
+    """The numbers of a stored tensor; many in another file are mapped into memory, not read.
 
     Raises ArtifactError where dims, type and data do not belong together.
     """
@@ -187,7 +188,7 @@ def array(tensor: Any, path: Path) -> np.ndarray:
     expected = (count * bits + 7) // 8
     if tensor.data_location == tensor.EXTERNAL:
         mapped = _mapped(tensor, path, expected, name)
-        if bits >= 8 and mapped.ctypes.data % dtype.itemsize == 0:
+        if bits >= 8 and expected >= MAPPED and mapped.ctypes.data % dtype.itemsize == 0:
             return mapped.view(dtype).reshape(dims)
         raw = mapped.tobytes()
     elif tensor.HasField("raw_data"):

@@ -52,6 +52,9 @@ def graph_of(model: Any, path: Path) -> Graph:
     """The graph of a model. Raises ArtifactError where it is damaged."""
     g = model.graph
     stored = {t.name: t for t in g.initializer}
+    twice = next((o for n in g.node for o in n.output if o in stored), None)
+    if twice is not None:
+        raise ArtifactError(f"{path}: {twice!r:.80} is both stored and computed: damaged; export it again")
     if g.sparse_initializer:
         raise ModelError(
             f"{path}: {g.sparse_initializer[0].values.name!r} is a sparse tensor: expected dense weights; "

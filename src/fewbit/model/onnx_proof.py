@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fewbit.errors import ArtifactError, ModelError
+from fewbit.model.onnx_file import opset
 from fewbit.model.onnx_graph import Graph
 from fewbit.model.torch_proof import TOLERANCE, difference
 
-NEWEST_OPSET, NEWEST_IR = 26, 13  # that ONNX Runtime 1.31 runs; older versions say what they know
+NEWEST_OPSET, NEWEST_IR = 26, 13  # that ONNX Runtime 1.31 takes
 
 
 class Source:
@@ -29,11 +30,11 @@ class Source:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.path, self.graph = path, graph
         content: Any = str(path)
-        if changed:
+        if (older := _for_runtime(model)) is not model or changed:
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(path.absolute().parent)
             )
-            content = model.SerializeToString()
+            content = older.SerializeToString()
         try:
             self.session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own types have no common importable base
@@ -53,6 +54,30 @@ class Source:
                 "file's own inputs; give one that fits with example="
             ) from error
         return [_read(r) for r in results]
+
+
+def _for_runtime(model: Any) -> Any:
+    """The model under the newest versions that ONNX Runtime takes, if its operators were the same in those."""
+    import onnx
+
+    if model.ir_version <= NEWEST_IR and opset(model) <= NEWEST_OPSET:
+        return model
+    new = [
+        n.op_type
+        for n in model.graph.node
+        if n.domain in ("", "ai.onnx")
+        and onnx.defs.has(n.op_type)
+        and onnx.defs.get_schema(n.op_type, max_inclusive_version=opset(model)).since_version > NEWEST_OPSET
+    ]
+    if new:
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    copy.ir_version = min(copy.ir_version, NEWEST_IR)
+    for imported in copy.opset_import:
+        if imported.domain in ("", "ai.onnx"):
+            imported.version = min(imported.version, NEWEST_OPSET)
+    return copy
 
 
 def _fed(tensor: Tensor, dtype: np.dtype[Any]) -> np.ndarray:

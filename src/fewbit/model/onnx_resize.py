@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbit.model import onnx_sizes
-from fewbit.model.onnx_build import Sizes, Value
+from fewbit.model.onnx_build import LARGEST, Sizes, Value
 from fewbit.model.onnx_call import Call
 
 Rule = Callable[[Call], Any]
@@ -28,33 +28,32 @@ class Places:
     coordinates: str
     rounding: str
 
-    def source(self, at: int, size: int, out: int, scale: float) -> float:
-        """The place in an axis of `size` that place `at` of `out` shows, in float32 as runtimes compute it."""
+    def source(self, size: int, out: int, scale: float) -> np.ndarray:
+        """The place in an axis of `size` that each place of `out` shows, in float32 as runtimes compute it."""
         one = np.float32
+        at = np.arange(out, dtype=np.float32)
         if self.coordinates == "align_corners":
-            return float(one(at) * one(size - 1) / one(out - 1)) if out > 1 else 0.0
+            return at * one(size - 1) / one(out - 1) if out > 1 else at
         if self.coordinates == "asymmetric":
-            return float(one(at) / one(scale))
+            return at / one(scale)
         if self.coordinates == "pytorch_half_pixel" and out == 1:
-            return 0.0
+            return at
+        middle = one(0)
         if self.coordinates == "half_pixel_symmetric":
             middle = one(size / 2) * (one(1) - one(out) / (one(scale) * one(size)))
-            return float(middle + one(at + 0.5) / one(scale) - one(0.5))
-        return float(one(at + 0.5) / one(scale) - one(0.5))
+        return middle + (at + one(0.5)) / one(scale) - one(0.5)
 
-    def nearest(self, size: int, out: int, scale: float) -> list[int]:
+    def nearest(self, size: int, out: int, scale: float) -> np.ndarray:
         """The index of the source for each place of the result."""
-        found = []
-        for at in range(out):
-            x = self.source(at, size, out, scale)
-            rounded = {
-                "floor": math.floor(x),
-                "ceil": math.ceil(x),
-                "simple": math.floor(x) if scale >= 1 else math.ceil(x),
-                "round_prefer_ceil": math.floor(x + 0.5),
-            }.get(self.rounding, math.ceil(x - 0.5))
-            found.append(min(max(rounded, 0), size - 1))
-        return found
+        x = self.source(size, out, scale)
+        simple = np.floor if scale >= 1 else np.ceil
+        rounded = {
+            "floor": np.floor(x),
+            "ceil": np.ceil(x),
+            "simple": simple(x),
+            "round_prefer_ceil": np.floor(x + np.float32(0.5)),
+        }.get(self.rounding, np.ceil(x - np.float32(0.5)))
+        return rounded.clip(0, size - 1).astype(np.int64)
 
 
 def _upsample(c: Call) -> Any:
@@ -96,6 +95,8 @@ def _resized(c: Call, places: Places, scales: Any, sizes: Any) -> Any:
         wanted[axis] = math.floor(size * value) if scales is not None else int(value)
     if any(not 0 < f < 1e4 for f in factors):
         raise c.error(f"scales {factors}: expected positive ones")
+    if math.prod(wanted) > LARGEST:
+        raise c.error(f"a tensor of shape {wanted} on the example, more than fewbit reads a model with")
     if c.attr("antialias", 0) and any(f < 1 for f in factors):
         raise c.error("antialias while scaling down: expected none")
     method = _method(c, places, factors, wanted)
@@ -131,16 +132,14 @@ def _method(c: Call, places: Places, factors: list[float], wanted: list[int]) ->
     if places.mode == "nearest":
         for name, other in (("nearest", Places("nearest", "asymmetric", "floor")),
                             ("nearest-exact", Places("nearest", "half_pixel", "round_prefer_ceil"))):  # fmt: skip
-            if inner and all(places.nearest(*p) == other.nearest(*p) for p in pairs):
+            if inner and all(np.array_equal(places.nearest(*p), other.nearest(*p)) for p in pairs):
                 return name
         return "table"
     if places.mode != "linear":
         raise c.error(f"mode {places.mode!r}: expected nearest, linear or cubic")
     for suffix, coordinates in (("", "half_pixel"), ("+corners", "align_corners")):
         other = Places("linear", coordinates, "")
-        same = all(
-            abs(places.source(at, *p) - other.source(at, *p)) < 1e-9 for p in pairs for at in range(p[1])
-        )
+        same = all(np.array_equal(places.source(*p), other.source(*p)) for p in pairs)
         if inner and same:
             return _LINEAR[rank] + suffix
     return "table"
@@ -153,14 +152,13 @@ def _by_tables(x: Tensor, *, places: Places, factors: list[float], wanted: list[
         if not size or (size == out and scale == 1.0):
             continue
         if places.mode == "nearest":
-            x = torch.index_select(x, axis, torch.tensor(places.nearest(size, out, scale)))
+            x = torch.index_select(x, axis, torch.tensor(places.nearest(size, out, scale).tolist()))
             continue
-        found = [min(max(places.source(at, size, out, scale), 0.0), size - 1.0) for at in range(out)]
-        low = [min(math.floor(f), size - 1) for f in found]
-        share = [f - at for f, at in zip(found, low, strict=True)]
-        column = torch.tensor(share).reshape(-1, *[1] * (x.dim() - axis - 1))
-        lower = torch.index_select(x, axis, torch.tensor(low))
-        upper = torch.index_select(x, axis, torch.tensor([min(at + 1, size - 1) for at in low]))
+        found = places.source(size, out, scale).clip(0, size - 1)
+        low = np.floor(found).astype(np.int64)
+        column = torch.tensor((found - low).tolist()).reshape(-1, *[1] * (x.dim() - axis - 1))
+        lower = torch.index_select(x, axis, torch.tensor(low.tolist()))
+        upper = torch.index_select(x, axis, torch.tensor((low + 1).clip(0, size - 1).tolist()))
         x = lower + (upper - lower) * column
     return x
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fewbit.errors import ModelError
+from fewbit.errors import ArtifactError, FewbitError, ModelError
 from fewbit.model import onnx_example
 from fewbit.model.onnx_build import Network
 from fewbit.model.onnx_convert import check_operators, network
@@ -17,6 +17,7 @@ from fewbit.model.onnx_precision import float32_twin, other_floats
 from fewbit.model.onnx_proof import Source, outputs
 from fewbit.model.onnx_quantized import float_twin, is_quantized
 from fewbit.model.onnx_standard import standard
+from fewbit.model.torch_export import first_line
 
 SUFFIXES = (".onnx",)
 
@@ -33,6 +34,17 @@ def read_file(path: Path, example: Any = None) -> fx.GraphModule:
     operators that cannot be read, all of them at once, or when the graph does not compute what ONNX Runtime does.
     """
     path = Path(path)
+    try:
+        return _read(path, example)
+    except FewbitError:
+        raise
+    except Exception as error:  # a hostile file can make anything raise anything
+        raise ArtifactError(
+            f"{path}: damaged or hostile ({type(error).__name__}: {first_line(error)[:200]}); export it again"
+        ) from error
+
+
+def _read(path: Path, example: Any) -> fx.GraphModule:
     model = open_model(path)
     twin, record = float_twin(model, path) if is_quantized(model) else (model, {})
     twin = float32_twin(twin) if other_floats(twin) else twin
