@@ -1,6 +1,7 @@
 """The integer kernels of LiteRT's reference interpreter, operator by operator, against the program's own arithmetic."""
 
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -151,18 +152,22 @@ def test_leaky_relu(alpha: float, tmp_path: Path) -> None:
     assert differing(single(op("leaky_relu", alpha=alpha), [[1, 1]], [c], o), (x,), tmp_path) == (0, 256)
 
 
-@pytest.mark.parametrize(
-    ("given", "out"),
-    [((0.2496, -65), (0.2017, -57)), ((0.022, -6), (0.0186, 23)), ((0.0035, -11), (0.0051, -114))],
-)
-def test_hard_swish(given: tuple[float, int], out: tuple[float, int], tmp_path: Path) -> None:
-    """Its 16-bit steps are a unit off the rounded function here and there; these scales are such ones."""
-    c, o = coding(*given), coding(*out)
-    x = ((torch.arange(-128, 128) - c.zero_point).float() * c.scale).reshape(-1, 1)
-    program = single(op("hard_swish"), [[1, 1]], [c], o)
-    assert differing(program, (x,), tmp_path) == (0, 256)
-    rounded = torch.round(torch.nn.functional.hardswish(x.double()) / o.scale + o.zero_point).clamp(-128, 127)
-    assert bool((Reference(program, "q31_double").run(x)["y_codes"] != rounded).any())
+def test_hard_swish(tmp_path: Path) -> None:
+    """Its 16-bit steps are a unit off the rounded function here and there, and the program says so too."""
+    rng, apart = random.Random(1), 0
+    for _ in range(40):
+        scale = 10 ** rng.uniform(-2.5, -0.5)
+        c, o = (
+            coding(scale, rng.randrange(-128, 128)),
+            coding(scale * rng.uniform(0.3, 1.5), rng.randrange(-128, 100)),
+        )
+        x = ((torch.arange(-128, 128) - c.zero_point).float() * c.scale).reshape(-1, 1)
+        program = single(op("hard_swish"), [[1, 1]], [c], o)
+        assert differing(program, (x,), tmp_path) == (0, 256)
+        exact = torch.nn.functional.hardswish(x.double()) / o.scale
+        rounded = (torch.round(exact) + o.zero_point).clamp(-128, 127)
+        apart += int((Reference(program, "q31_double").run(x)["y_codes"] != rounded).sum())
+    assert apart > 0
 
 
 def test_from_float_halves_go_away_from_zero(tmp_path: Path) -> None:

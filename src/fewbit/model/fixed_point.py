@@ -1,6 +1,8 @@
 """Softmax and hard swish on 8-bit codes in fixed point, as TFLite's reference kernels compute them.
 
-Exponentials come from squares of a short polynomial, the reciprocal from Newton's steps. The arithmetic of gemmlowp's ``fixedpoint.h`` (Jacob et al., arXiv 1712.05877, appendix); TFLite Micro and CMSIS-NN share the softmax. A number with k integer bits is an int32 that stands for raw / 2**(31 - k).
+Exponentials come from squares of a short polynomial, the reciprocal from Newton's steps: the arithmetic of gemmlowp's
+``fixedpoint.h`` (Jacob et al., arXiv 1712.05877, appendix). TFLite Micro and CMSIS-NN share the softmax. A number with
+k integer bits is an int32 that stands for raw / 2**(31 - k).
 """
 
 import numpy as np
