@@ -17,6 +17,7 @@ from fewbit.model.reference import Reference
 from fewbit.model.simulate import QuantizedModel
 from fewbit.plan.plan import Plan
 from fewbit.targets._litert.prepare import prepare
+from fewbit.targets._litert.reader import read_back
 from fewbit.targets._litert.runtime import Session
 from fewbit.targets._litert.writer import Writer
 
@@ -80,7 +81,22 @@ def check(module: nn.Module, *inputs: Tensor, tolerance: float = 1e-4) -> tuple[
             for i, (f, e) in enumerate(zip(result, expected, strict=True)):
                 wrong = error(f, e)
                 assert wrong <= tolerance, f"{kind}, output {i}: off by {wrong:.2g}"
+    _read_back(prepared, content, inputs)
     return prepared, content
+
+
+def _read_back(prepared: Program, content: bytes, inputs: tuple[Tensor, ...]) -> None:
+    """What the file's operators say, read without the program, computes the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.tflite"
+        path.write_bytes(content)
+        described = read_back(path)
+    assert described.program is not None, described.properties["unread"]
+    given = inputs if prepared.input_shapes[0][0] is None else [x[:1] for x in inputs]
+    found, expected = (pytree.tree_leaves(Reference(p)(*given)) for p in (described.program, prepared))
+    for i, (f, e) in enumerate(zip(found, expected, strict=True)):
+        wrong = error(f, e.to(f.dtype))
+        assert wrong <= 1e-5, f"read back, output {i}: off by {wrong:.2g}"
 
 
 def kinds(content: bytes) -> list[str]:

@@ -1,6 +1,7 @@
 """Reads a ``.tflite`` file back as an integer program: what its operators say, not what their writer meant."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,29 +50,37 @@ class Reading:
         self.ops: list[Op] = []
         self.codings: dict[str, Coding] = {}
         self.constants: set[str] = set()
+        self.widened: dict[str, torch.Tensor] = {}  # weights stored as codes or halves, as float32
         for tensor in model.tensors:
             if tensor.data is None and (coding := self.coding(tensor)) is not None:
                 self.codings[tensor.name] = coding
 
     def unread(self) -> list[str]:
         """Names of operators without a reader."""
+        missing = [op for op in self.model.operators if self._reader(op) is None]
+        return sorted({op.name if self.coded(op) else f"{op.name} on floats" for op in missing})
+
+    def _reader(self, op: Operator) -> Callable[["Reading", Operator], None] | None:
+        """By what an operator computes: codes, or floats of floats."""
+        from fewbit.targets._litert.reader_layers import READERS_LAYERS
         from fewbit.targets._litert.reading import BOTH, READERS
 
-        return sorted(
-            {
-                op.name if op.name not in READERS else f"{op.name} on floats"
-                for op in self.model.operators
-                if op.name not in READERS or not (op.name in BOTH or self.coded(op))
-            }
-        )
+        if self.coded(op):
+            return READERS.get(op.name)
+        mixed = any(self.tensor(i).name in self.codings for i in op.inputs if i >= 0)
+        if mixed and op.name not in BOTH:
+            return None
+        return READERS_LAYERS.get(op.name, BOTH.get(op.name))
 
     def program(self) -> Program:
         """The file's program; for files without ``unread`` operators."""
-        from fewbit.targets._litert.reading import READERS
-
         inputs = [self._input(self.model.tensors[i]) for i in self.model.inputs]
         for op in self.model.operators:
-            READERS[op.name](self, op)
+            read = self._reader(op)
+            assert read is not None
+            read(self, op)
+        for index in self.model.outputs:
+            self.value(index)  # an output may be a constant
         outputs = [self._output(self.model.tensors[i]) for i in self.model.outputs]
         ins = [self.model.tensors[i] for i in self.model.inputs]
         outs = [self.model.tensors[i] for i in self.model.outputs]
@@ -84,11 +93,11 @@ class Reading:
         """What the program computes has the shapes that the file states: the runtime trusts them, and would crash."""
         found = sizes(program)
         for tensor in self.model.tensors:
-            stated = tuple(1 if s is None else s for s in tensor.shape)
-            computed = found.shape.get(tensor.name, stated)
-            if tensor.data is None and computed != stated:
+            computed = found.shape.get(tensor.name)
+            if tensor.data is None and computed is not None and not _fits(computed, tensor.shape):
                 raise ArtifactError(
-                    f"{self.path}: tensor {tensor.name!r} has the shape {stated}, but {computed} is computed: damaged"
+                    f"{self.path}: tensor {tensor.name!r} has the shape {tensor.shape}, but {computed} is computed: "
+                    "damaged"
                 )
 
     def _dtype(self, tensor: Tensor) -> str:
@@ -136,6 +145,10 @@ class Reading:
     def value(self, index: int) -> str:
         """The name of an operand; a constant becomes an operation of its own when it is first used."""
         tensor = self.tensor(index)
+        name = tensor.name
+        if name in self.widened and name not in self.constants:
+            self.constants.add(name)
+            self.ops.append(Op("constant", "float", name, name, [], name, {}, {"value": self.widened[name]}))
         if tensor.data is not None and tensor.name not in self.constants:
             self.constants.add(tensor.name)
             coding = self.coding(tensor)
@@ -163,3 +176,9 @@ class Reading:
     def fail(self, op: Operator, what: str) -> ArtifactError:
         """An error that says what of an operator cannot be read."""
         return ArtifactError(f"{self.path}: {op.name} ({self.tensor(op.outputs[0]).name}): {what}")
+
+
+def _fits(computed: tuple[int, ...], stated: tuple[int | None, ...]) -> bool:
+    """Whether sizes are those that a file states; None: any."""
+    same = len(computed) == len(stated)
+    return same and all(s is None or s == c for c, s in zip(computed, stated, strict=True))
