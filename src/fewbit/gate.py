@@ -48,13 +48,15 @@ class FastKernels:
     codes_differing: int
     codes: int
     largest: int
+    worst: str  # the layer where they differ most
     differing: int
     total: int
     error: float
 
     def __str__(self) -> str:
         return (
-            f"{self.codes_differing} of {self.codes} codes differ in single layers, by at most {self.largest}; "
+            f"{self.codes_differing} of {self.codes} codes differ in single layers, by at most {self.largest}"
+            f"{f' ({self.worst})' if self.largest > 1 else ''}; "
             f"{self.differing} of {self.total} outputs differ, by {100 * self.error:.2g} % of their range (RMS)"
         )
 
@@ -173,11 +175,14 @@ def _fast_kernels(
         float((e.double() - f.double()).square().mean().sqrt()) / (span or float(e.abs().max()) or 1.0)
         for (e, f), span in zip(pairs, spans, strict=True)
     ]
-    apart = [(codes[name] - seen[name].reshape(codes[name].shape)).abs() for name in codes]
+    apart = {name: (codes[name] - seen[name].reshape(codes[name].shape)).abs() for name in codes}
+    largest = {name: int(a.max()) for name, a in apart.items() if a.numel()}
+    worst = max(largest, key=largest.__getitem__, default="")
     return FastKernels(
-        sum(int((a > 0).sum()) for a in apart),
-        sum(a.numel() for a in apart),
-        max((int(a.max()) for a in apart if a.numel()), default=0),
+        sum(int((a > 0).sum()) for a in apart.values()),
+        sum(a.numel() for a in apart.values()),
+        largest.get(worst, 0),
+        worst,
         sum(int((e != f).sum()) for e, f in pairs),
         sum(e.numel() for e, _ in pairs),
         max(errors),
