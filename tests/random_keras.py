@@ -278,8 +278,7 @@ class _Builder:
         if rank > 2:
             kind = rng.choice(["Flatten", f"GlobalAveragePooling{rank - 2}D", f"GlobalMaxPooling{rank - 2}D"])
             flat = self.make(getattr(layers, kind))(x)
-        answer = self.make(layers.Dense, rng.randint(1, 9), activation=rng.choice(["softmax", "linear"]))(
-            flat
-        )
+        classes, last = rng.randint(2, 9), rng.choice(["softmax", "linear"])
+        answer = self.make(layers.Dense, classes, activation=last)(flat)
         outputs = [answer, x] if rng.random() < 0.25 else answer
         return Drawn(seed, keras.Model(inputs, outputs, name=f"random_{seed}"), shapes, parts=self.parts)

@@ -165,6 +165,15 @@ def test_objects_of_the_users_own_are_named(tmp_path: Path) -> None:
         read_file(reconfigured(saved(tmp_path / "m.keras", kl.Dense(2)), change))
 
 
+def test_operators_that_keras_cannot_load_from_hdf5(tmp_path: Path) -> None:
+    i = keras.Input((5,))
+    keras.Model(i, kl.Dense(5)(i) + i).save(tmp_path / "m.h5")
+    with pytest.raises(
+        ModelError, match=r"\(Add: an operator, which Keras .* cannot load .*: save as .keras"
+    ):
+        read_file(tmp_path / "m.h5")
+
+
 def test_masks_that_matter() -> None:
     embedding = kl.Embedding(9, 4, mask_zero=True)
     model = keras.Sequential([keras.Input((5,)), embedding, kl.LSTM(3, name="lstm")])
@@ -242,8 +251,8 @@ def test_damaged_files_are_one_clear_error(tmp_path: Path, suffix: str) -> None:
         tmp_path / f"m.{suffix}", kl.Conv1D(3, 2), kl.BatchNormalization(), kl.Flatten(), kl.Dense(2)
     )
     whole, rng, refused = path.read_bytes(), random.Random(0), 0
-    victims = [whole[: len(whole) * k // 12] for k in range(12)]
-    for _ in range(24):
+    victims = [whole[: len(whole) * k // 6] for k in range(6)]
+    for _ in range(12):
         broken = bytearray(whole)
         for _ in range(rng.choice([1, 4, 40])):
             broken[rng.randrange(len(whole))] = rng.randrange(256)
@@ -255,7 +264,7 @@ def test_damaged_files_are_one_clear_error(tmp_path: Path, suffix: str) -> None:
         except FewbitError as error:
             refused += 1
             assert "\n" not in str(error)
-    assert refused >= 12
+    assert refused >= 6
 
 
 def test_archives_that_mean_harm(tmp_path: Path) -> None:

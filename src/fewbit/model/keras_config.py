@@ -67,6 +67,8 @@ class _Walk:
     def kind(self, layer: Config) -> str | None:
         """The Keras class that a serialized layer is read as; None if it is not."""
         class_name, module = str(layer.get("class_name")), str(layer.get("module") or "keras.layers")
+        if "module" not in layer and class_name in OPERATORS and "trainable" not in layer["config"]:
+            return None  # Keras writes operators to .h5 files as if they were layers
         own = self.registered(str(layer.get("registered_name") or class_name))
         if own is not None:
             return own

@@ -54,7 +54,8 @@ def _damage(path: Path) -> Iterator[None]:
         ) from error
     except Exception as error:
         raise ArtifactError(
-            f"{path} is damaged ({first_line(error)}): expected what keras.Model.save writes; save the model again"
+            f"{path} is damaged ({first_line(error)[:300]}): expected what keras.Model.save "
+            "writes; save the model again"
         ) from error
 
 
