@@ -16,10 +16,11 @@ import models
 import numpy as np
 import table
 import torch
-from latency import interleaved
+from latency import LOADERS
 from torch import Tensor
 
 import fewbit
+from fewbit.evaluation.latency import latency, ratio
 from fewbit.gate import check_file
 from fewbit.targets import get_target
 
@@ -94,12 +95,16 @@ def differences(file: Path, inputs: Tensor) -> tuple[int, int]:
 
 
 def add_latency(rows: list[compare.Row], one: np.ndarray, seconds: float) -> None:
-    """Bare calls of the interpreter, one thread, in turn; ratios are to the first row."""
-    files = {row["name"]: Path(row["file"]) for row in rows if "file" in row}
-    found = interleaved(files, one, threads=1, seconds=seconds)
+    """Bare calls of the interpreter on one thread, in turn: the median call of each visit; ratios to the first row."""
+    calls = {row["name"]: LOADERS[".tflite"](Path(row["file"]), one, 1) for row in rows if "file" in row}
+    found = latency(calls, repeat=1000, seconds=seconds)
+    base = found[rows[0]["name"]]
     for row in rows:
-        if row["name"] in found:
-            row["latency_t1"] = found[row["name"]]
+        if (timed := found.get(row["name"])) is not None:
+            row["latency_t1"] = {
+                "median_ms": timed.median_ms, "low_ms": timed.q1_ms, "high_ms": timed.q3_ms,
+                "ratio": ratio(timed, base).median, "times_ms": timed.rounds,
+            }  # fmt: skip
 
 
 def compared(ours: compare.Row, theirs: compare.Row, what: str) -> list[Any]:
