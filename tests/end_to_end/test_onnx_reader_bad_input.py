@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from random_onnx import made, saved
+from onnx_made import made, saved
 
 from fewbit.errors import ArtifactError, FewbitError, ModelError
 from fewbit.model.readers.onnx import read_file

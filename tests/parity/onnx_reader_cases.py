@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from onnx import helper
-from random_onnx import Shape, answers, made, saved
+from onnx_made import Shape, answers, made, saved
 from torch import Tensor, fx
 
 from fewbit.model.readers.onnx import read_file

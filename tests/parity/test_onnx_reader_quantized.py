@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from onnx import TensorProto, helper
-from random_onnx import answers, made, saved
+from onnx_made import answers, made, saved
 from torch import Tensor, nn
 
 import fewbit
