@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewbit.errors import ArtifactError
-from fewbit.model.program import Program
+from fewbit.errors import ArtifactError, TargetError
+from fewbit.model.program import Op, Program
 from fewbit.model.signed import signed
 from fewbit.numerics.scheme import Scheme
 from fewbit.plan import Row
@@ -20,7 +20,7 @@ from fewbit.targets._pt2e.delegates import kernels
 from fewbit.targets._pt2e.export import fixed_sizes
 from fewbit.targets._pt2e.module import visible
 from fewbit.targets._pt2e.session import Session, verified
-from fewbit.targets._pt2e.xnnpack import Lowering, package
+from fewbit.targets._pt2e.xnnpack import lowered, package
 
 SUFFIX = ".pte"
 REQUANTIZATION = "f32_even"
@@ -58,11 +58,17 @@ def prepare(program: Program) -> Program:
 
 
 def write(program: Program, path: Path, metadata: dict[str, str]) -> None:
-    """Write the program, lowered to XNNPACK, with a description of itself that refers to the file's own constants."""
-    lowering = Lowering(program, fixed_sizes(program, metadata))
-    facts = {"metadata": metadata, "independent": lowering.independent}
-    text = pte.described(program, pte.by_hash(lowering.constants()), facts)
-    path.write_bytes(lowering.data({pte.METHOD: text}))
+    """Write the program, lowered to XNNPACK, with a description of itself that refers to the file's own constants.
+
+    Raises ``TargetError`` for what ExecuTorch has no kernel for at all.
+    """
+    _refuse(program)
+
+    def methods(constants: list[Tensor | bytes], independent: bool) -> dict[str, str]:
+        facts = {"metadata": metadata, "independent": independent}
+        return {pte.METHOD: pte.described(program, pte.by_hash(constants), facts)}
+
+    path.write_bytes(lowered(program, fixed_sizes(program, metadata), methods))
 
 
 def open(path: Path) -> Runner:
@@ -91,7 +97,7 @@ def probe(path: Path, inputs: tuple[Tensor, ...], codes: dict[str, str]) -> dict
         return {}
     names = [name for name in visible(program) if name in codes]
     shapes: list[tuple[int | None, ...]] = [tuple(x.shape) for x in inputs]
-    data = Lowering(program, shapes, names).data()
+    data = lowered(program, shapes, lambda constants, independent: {}, names)
     values = Session(path, data, pte.Content())(*inputs)[len(program.output_names()) :]
     return {name: value.to(torch.int32) for name, value in zip(names, values, strict=True)}
 
@@ -101,6 +107,22 @@ def coverage(path: Path, program: Program, codes: dict[str, str]) -> list[Kernel
     data = _bytes(path)
     verified(path, data)
     return kernels(program, pte.graphs(path, data))
+
+
+def _refuse(program: Program) -> None:
+    volumes = [op.layer for op in program.ops if "weight" in op.constants and _is_volume(op)]
+    if volumes:
+        raise TargetError(
+            f"{', '.join(volumes)}: ExecuTorch has no three-dimensional convolution; write this model for another "
+            "target, such as onnx"
+        )
+
+
+def _is_volume(op: Op) -> bool:
+    return (
+        str(op.attrs.get("type", op.kind)).startswith(("Conv", "conv", "dynamic_conv"))
+        and op.constants["weight"].dim() == 5
+    )
 
 
 def _bytes(path: Path) -> bytes:

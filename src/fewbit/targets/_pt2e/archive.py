@@ -41,7 +41,12 @@ def write(
 ) -> None:
     """Write the graph, the program beside it. Raises ``TargetError`` where torch loads another than it saved."""
     for node in graph.graph.nodes:
-        node.meta.pop("stack_trace", None)  # half of the file otherwise, and of no use to anyone
+        for key in (
+            "stack_trace",
+            "nn_module_stack",
+            "torch_fn",
+        ):  # half of the file, and of no use to anyone
+            node.meta.pop(key, None)
     graph.example_inputs = None
     described = json.dumps({"metadata": metadata, "program": module.program.to_json()}, separators=(",", ":"))
     buffer = io.BytesIO()

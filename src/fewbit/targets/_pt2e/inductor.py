@@ -121,6 +121,7 @@ _PRODUCTS = {
 
 _LOOP = "in a fused loop: 8-bit codes in memory, float arithmetic in registers"
 _FLOAT_PRODUCT = "a float product between 8-bit codes: oneDNN's integer one needs a constant weight here"
+_NO_DYNAMIC = "a float convolution: torch's compiler quantizes inputs at run time for linear layers only"
 _NOT_FUSED = "torch's compiler left it in float"
 _FLOAT_LAYERS = ("Conv", "Linear", "LSTM", "GRU")
 
@@ -133,7 +134,8 @@ def kernels(program: Program, products: list[Product]) -> list[Kernel]:
         kind = op.attrs["type"] if op.kind == "module" else op.kind
         if op.output in integer and op.kind != "module":
             done = integer[op.output]
-            found.append(Kernel(op.layer, kind, done, "" if done else _NOT_FUSED))
+            cause = _NO_DYNAMIC if kind == "dynamic_conv" else _NOT_FUSED
+            found.append(Kernel(op.layer, kind, done, "" if done else cause))
         elif op.kind == "module" and kind.startswith(_FLOAT_LAYERS):
             found.append(Kernel(op.layer, kind, False, op.note or "planned as float", planned=False))
         elif op.domain == "integer":

@@ -14,16 +14,22 @@ from fewbit.numerics.scheme import Scheme
 
 
 class Constants(nn.Module):
-    """An operation's constants: int8 weights with zero points, biases in float as the tools want them."""
+    """An operation's constants: int8 weights with zero points, biases in float as the tools want them.
+
+    ``decoded``: the weight as float numbers.
+    """
 
     bias: Tensor | None
 
-    def __init__(self, op: Op, program: Program) -> None:
+    def __init__(self, op: Op, program: Program, decoded: bool = False) -> None:
         super().__init__()
         stored = {role: t for role, t in op.constants.items() if role != "table"}
         if "value" in stored and op.output in program.codings:
             stored["value"] = stored["value"].to(program.codings[op.output].scheme.spec.code_dtype)
-        if "weight" in stored:
+        if "weight" in stored and decoded:
+            scale = stored.pop("weight_scale").reshape(-1, *[1] * (stored["weight"].dim() - 1))
+            stored["weight"] = stored["weight"].to(torch.float32) * scale
+        elif "weight" in stored:
             stored["weight"] = stored["weight"].to(torch.int8)
             stored["weight_zero"] = torch.zeros(len(stored["weight_scale"]), dtype=torch.int64)
         if op.domain == "integer" and "bias" in stored:

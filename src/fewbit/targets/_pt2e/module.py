@@ -23,7 +23,7 @@ _INTEGERS: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg")
 }
 _RESHAPES = ("aten.view.default", "aten.reshape.default", "aten.flatten.using_ints", "aten.unflatten.int")
-_TAKES_CLAMP = ("conv", "linear", "clip")  # what a clamp may follow without a quantize step in between
+_NO_CLAMP = ("add", "mul", "global_avg_pool")  # integer kernels that stay float if a clamp follows at once
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,15 @@ class Style:
     """What one runtime recognises.
 
     ``dynamic`` quantizes inputs at run time, ``calls`` are other forms of some operators. ``moves``: operations that
-    its kernels do not know in Q/DQ form, and which therefore move codes. ``decoded`` keeps the weights of float layers
-    as numbers, where it cannot multiply by codes. ``lifted`` runs one-dimensional convolutions as two-dimensional ones.
+    its kernels do not know in Q/DQ form, and which therefore move codes. ``multiplies`` says of a layer whose input is
+    quantized at run time whether there is a kernel for it; others run in float. ``decoded`` keeps the weights of what
+    runs in float as numbers, not codes. ``lifted`` runs one-dimensional convolutions as two-dimensional ones.
     """
 
     dynamic: Callable[[Op, Tensor], Tensor]
     calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     moves: frozenset[str] = frozenset()
+    multiplies: Callable[[Op], bool] = lambda op: True
     decoded: bool = False
     lifted: bool = False
 
@@ -54,9 +56,14 @@ class QdqModule(nn.Module):
         self.style = style
         self.codes = tuple(codes)
         for i, op in enumerate(program.ops):
-            own = layer(op, style.decoded) if op.kind == "module" else Constants(op, program)
-            self.add_module(f"op{i}", own)
+            self.add_module(f"op{i}", self._own(op))
         self.eval()
+
+    def _own(self, op: Op) -> nn.Module:
+        if op.kind == "module":
+            return layer(op, self.style.decoded)
+        floating = op.kind.startswith("dynamic_") and not self.style.multiplies(op)
+        return Constants(op, self.program, floating and self.style.decoded)
 
     def forward(self, *inputs: Tensor) -> tuple[Any, ...]:
         values: dict[str, Any] = dict(zip(self.program.inputs, inputs, strict=True))
@@ -99,7 +106,7 @@ class QdqModule(nn.Module):
         result = _INTEGER[op.kind](op, own, xs)
         if op.attrs.get("squeeze"):
             return codes(floats(quantized(result, out, clamp), out).flatten(1), out)
-        if clamp and not _fuses(op, out):
+        if op.kind in _NO_CLAMP and not _clamps_itself(op, out):
             result = through_codes(result, out)
         return quantized(result, out, clamp)
 
@@ -115,8 +122,12 @@ class QdqModule(nn.Module):
             x, weight = x.unsqueeze(2), weight.unsqueeze(2)
             settings = [[neutral, *given] for neutral, given in zip((1, 0, 1), settings, strict=True)]
         dynamic = op.domain == "float"
-        view = self.style.dynamic(op, x) if dynamic else floats(x, self.program.codings[op.inputs[0]])
-        weight = weights(weight, own.weight_scale, own.weight_zero)
+        if not dynamic:
+            view = floats(x, self.program.codings[op.inputs[0]])
+        else:
+            view = self.style.dynamic(op, x) if self.style.multiplies(op) else x
+        if not weight.is_floating_point():
+            weight = weights(weight, own.weight_scale, own.weight_zero)
         y = _CONVOLUTIONS[weight.dim() - 2](view, weight, own.bias, *settings, a["groups"])
         if not dynamic:
             y = quantized(y, self.program.codings[op.output], a.get("clamp"))
@@ -170,10 +181,11 @@ def _keywords(attrs: dict[str, Any], inputs: list[Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _fuses(op: Op, out: Coding) -> bool:
-    """Whether kernels for this operation clamp their own result."""
-    (lo, hi), (smallest, largest) = op.attrs["clamp"], limits(out)
-    return op.kind in _TAKES_CLAMP or (hi == largest and (lo == smallest or op.kind == "add"))
+def _clamps_itself(op: Op, out: Coding) -> bool:
+    """Whether the limits of the result are those of its storage, or a ReLU after an addition."""
+    lo, hi = op.attrs.get("clamp") or (out.scheme.qmin, out.scheme.qmax)
+    smallest, largest = limits(out)
+    return bool(hi == largest and (lo == smallest or (op.kind == "add" and lo == out.zero_point)))
 
 
 # ---- integer operations, in float ------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from fewbit.targets._pt2e.xnnpack import package
 METHOD = "fewbit"  # a method of the file that returns what fewbit has to say about it
 _INFINITE = re.compile(r"(: -?)inf\b")
 _LARGEST_DESCRIPTION = 64 * 2**20
+_MANY = 2**14  # numbers: more are not stored twice
 _DTYPES = {str(d): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16,
                                torch.int32, torch.int64, torch.bool)}  # fmt: skip
 
@@ -50,7 +51,8 @@ def read(path: Path, data: bytes) -> Content:
             return Content()
         found = _unpacked(texts[0])
         properties = {str(k): str(v) for k, v in found["metadata"].items()}
-        kept = [] if file.named_data is None else [bytes(b) for b in file.named_data.buffers]
+        kept = [bytes(b.storage) for b in file.program.constant_buffer]
+        kept += [] if file.named_data is None else [bytes(b) for b in file.named_data.buffers]
         return Content(_restored(found, by_hash(kept)), properties, bool(found["independent"]))
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
             RecursionError, zlib.error, struct.error) as error:  # fmt: skip
@@ -73,9 +75,10 @@ def _file(data: bytes) -> Any:
     return package("exir._serialize._program").deserialize_pte_binary(data)
 
 
-def by_hash(constants: Iterable[bytes]) -> dict[str, bytes]:
+def by_hash(constants: Iterable[bytes | Tensor]) -> dict[str, bytes]:
     """Constants of a file by what the description knows them by."""
-    return {_hash(constant): constant for constant in constants}
+    found = (c if isinstance(c, bytes) else _bytes(c) for c in constants)
+    return {_hash(constant): constant for constant in found}
 
 
 def _graph(data: bytes) -> dict[str, Any]:
@@ -103,13 +106,17 @@ def _hash(data: bytes) -> str:
 
 
 def described(program: Program, blobs: dict[str, bytes], facts: dict[str, Any]) -> str:
-    """The program as text: constants that the file has anyway by their hashes, the others of integer layers in full."""
+    """The program as text: constants that the file has anyway by their hashes, the others in full.
+
+    Large ones of float layers that the lowering took apart are left out, and with them whatever the layer has.
+    """
     data = program.to_json()
     constants: dict[str, dict[str, Any]] = {}
     for op, entry in zip(program.ops, data["ops"], strict=True):
         found = {role: _stored(t, blobs) for role, t in op.constants.items() if role != "table"}
-        if op.kind == "module" and not all(found.values()):
-            found = {}  # a float layer that the lowering took apart; its weights are only worth their place once
+        missing = [op.constants[role] for role, stored in found.items() if stored is None]
+        if op.kind == "module" and any(t.is_floating_point() and t.numel() > _MANY for t in missing):
+            found = {}
         constants |= {f"{op.output}.{role}": s or _in_full(op.constants[role]) for role, s in found.items()}
         entry["constants"] = sorted(found)
     text = json.dumps({"program": data, "constants": constants} | facts, separators=(",", ":"))

@@ -54,10 +54,23 @@ def attention(
     return product(torch.softmax(scores if attn_mask is None else scores + attn_mask, -1), value)
 
 
+def _xnnpack_multiplies(op: Op) -> bool:
+    """Whether XNNPACK quantizes the input of this layer at run time: linear layers, plain images' convolutions."""
+    weight = op.constants["weight"]
+    return op.kind == "dynamic_linear" or (weight.dim() == 4 and weight.shape[1] > 1)
+
+
 _MOVES = frozenset(("slice", "split", "repeat", "flip", "pixel_shuffle"))
 ONEDNN = Style(
     per_tensor,
     moves=_MOVES | {"reshape", "transpose"},
+    multiplies=lambda op: op.kind == "dynamic_linear",
     lifted=True,  # torch 2.13 expects wrong sizes of padded one-dimensional integer convolutions
 )
-XNNPACK = Style(per_row, {"aten.scaled_dot_product_attention.default": attention}, moves=_MOVES, decoded=True)
+XNNPACK = Style(
+    per_row,
+    {"aten.scaled_dot_product_attention.default": attention},
+    moves=_MOVES,
+    multiplies=_xnnpack_multiplies,
+    decoded=True,
+)

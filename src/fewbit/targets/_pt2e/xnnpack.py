@@ -1,6 +1,6 @@
 """ExecuTorch's lowering of a program: exported, given to XNNPACK as far as it takes it, serialized."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,10 @@ from fewbit.targets._pt2e.styles import XNNPACK
 
 LARGEST_BATCH = 64  # memory for inputs and outputs is planned for that many samples
 
+Methods = Callable[[list[Tensor | bytes], bool], dict[str, str]]
+"""More methods of a file and the text each returns, given the constants that the file keeps, and whether the samples
+of a batch are computed each for itself."""
+
 
 def package(name: str) -> Any:
     """A module of ExecuTorch. Raises ``MissingExtraError`` where it is not installed."""
@@ -23,45 +27,26 @@ def package(name: str) -> Any:
         return require(f"executorch.{name}", "executorch", "writing and running ExecuTorch files")
 
 
-class Lowering:
-    """A program on its way into a file: for any number of samples up to a limit, or for one where that fails.
+def lowered(program: Program, shapes: Shapes, methods: Methods, codes: Sequence[str] = ()) -> bytes:
+    """The program as a file's bytes: for any number of samples up to a limit, or for one where that fails.
 
-    ``independent``: whether the samples of a batch are computed each for itself, as far as one batch shows.
+    Raises ``TargetError`` with ExecuTorch's own reason where neither works.
     """
-
-    def __init__(self, program: Program, shapes: Shapes, codes: Sequence[str] = ()) -> None:
-        module = QdqModule(program, XNNPACK, codes)
-        inputs = sample(program, shapes, module)
-        self.independent = _independent(module, inputs, shapes)
-        try:
-            self._edge = _lower(module, inputs, shapes)
-        except TargetError:
-            one = [(1, *shape[1:]) if shape and shape[0] is None else shape for shape in shapes]
-            if one == shapes:
-                raise
-            single = tuple(x[: shape[0]] if shape else x for x, shape in zip(inputs, one, strict=True))
-            self._edge = _lower(module, single, one)
-
-    def constants(self) -> list[bytes]:
-        """The tensors that XNNPACK's parts keep."""
-        parts = [
-            getattr(m, "named_data_store_output", None)
-            for m in self._edge.exported_program().graph_module.modules()
-        ]
-        return [bytes(buffer) for part in parts if part is not None for buffer in part.buffers]
-
-    def data(self, methods: dict[str, str] | None = None) -> bytes:
-        """The file's bytes, once; ``methods``: more methods of the file, and the text that each returns."""
-        exir = package("exir")
-        unchecked = exir.EdgeCompileConfig(
-            _check_ir_validity=False
-        )  # it was checked before XNNPACK's parts were in
-        with quiet():
-            edge = exir.EdgeProgramManager(self._edge.exported_program(), methods, unchecked)
-            return bytes(edge.to_executorch().buffer)
+    module = QdqModule(program, XNNPACK, codes)
+    inputs = sample(program, shapes, module)
+    independent = _independent(module, inputs, shapes)
+    try:
+        return _lower(module, inputs, shapes, lambda constants: methods(constants, independent))
+    except TargetError:
+        one = [(1, *shape[1:]) if shape and shape[0] is None else shape for shape in shapes]
+        if one == shapes:
+            raise
+        single = tuple(x[: shape[0]] if shape else x for x, shape in zip(inputs, one, strict=True))
+        return _lower(module, single, one, lambda constants: methods(constants, independent))
 
 
 def _independent(module: QdqModule, inputs: tuple[Tensor, ...], shapes: Shapes) -> bool:
+    """Whether the samples of a batch are computed each for itself, as far as one batch shows."""
     if any(not shape or shape[0] is not None for shape in shapes):
         return False
     with torch.no_grad():
@@ -74,11 +59,32 @@ def _independent(module: QdqModule, inputs: tuple[Tensor, ...], shapes: Shapes) 
     )
 
 
-def _lower(module: QdqModule, inputs: tuple[Tensor, ...], shapes: Shapes) -> Any:
+def _lower(
+    module: QdqModule, inputs: tuple[Tensor, ...], shapes: Shapes,
+    methods: Callable[[list[Tensor | bytes]], dict[str, str]],
+) -> bytes:  # fmt: skip
     exir, partitioner = package("exir"), package("backends.xnnpack.partition.xnnpack_partitioner")
     graph = exported(module, inputs, shapes, LARGEST_BATCH)
+    unchecked = exir.EdgeCompileConfig(
+        _check_ir_validity=False
+    )  # it was checked before XNNPACK's parts were in it
     try:
         with quiet(), torch.no_grad():
-            return exir.to_edge_transform_and_lower(graph, partitioner=[partitioner.XnnpackPartitioner()])
+            edge = exir.to_edge_transform_and_lower(graph, partitioner=[partitioner.XnnpackPartitioner()])
+            program = edge.exported_program()
+            found = methods(_constants(program))
+            return bytes(exir.EdgeProgramManager(program, found, unchecked).to_executorch().buffer)
     except Exception as error:
-        raise TargetError(f"ExecuTorch cannot lower the quantized model ({first_line(error)})") from error
+        raise TargetError(
+            f"ExecuTorch cannot lower the quantized model ({first_line(error)}); fix its input sizes by exporting with "
+            "an example, or keep the layer in question float"
+        ) from error
+
+
+def _constants(program: Any) -> list[Tensor | bytes]:
+    """The tensors that a file will keep: those in XNNPACK's parts and those of ExecuTorch's own operators."""
+    parts = [getattr(m, "named_data_store_output", None) for m in program.graph_module.modules()]
+    kept = [bytes(buffer) for part in parts if part is not None for buffer in part.buffers]
+    signature = program.graph_signature
+    names = [*signature.inputs_to_parameters.values(), *signature.inputs_to_buffers.values()]
+    return [*kept, *(program.state_dict[name] for name in names if name in program.state_dict)]
