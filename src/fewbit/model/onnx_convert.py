@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -76,10 +78,23 @@ def network(graph: Graph, example: tuple[Tensor, ...]) -> Network:
         for name in dict.fromkeys(node.inputs):
             consumers.setdefault(name, []).append(node)
     done: set[Node] = set()
-    for node in sorted(graph.nodes, key=lambda node: node.op != "Constant"):
-        if node not in done:
-            done |= _convert(builder, node, graph, consumers)
+    with _quiet():
+        for node in sorted(graph.nodes, key=lambda node: node.op != "Constant"):
+            if node not in done:
+                done |= _convert(builder, node, graph, consumers)
     return builder.network(graph.outputs)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No tracebacks of torch's own on the log: an operator that does not fit is one error of ours."""
+    talkative = logging.getLogger("torch._subclasses.fake_tensor")
+    before = talkative.level
+    talkative.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        talkative.setLevel(before)
 
 
 def _convert(builder: Builder, node: Node, graph: Graph, consumers: dict[str, list[Node]]) -> set[Node]:

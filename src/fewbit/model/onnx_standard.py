@@ -39,13 +39,21 @@ def standard(module: Network, graph: Graph, source: Source, inputs: Example) -> 
         except ModelError as error:
             failed = failed or error
             continue
-        if any(declared) and not any(free):
-            gm.meta["notes"].append(
-                f"the batch size is fixed at {len(inputs[0])}: the file leaves it free, its operators do not"
-            )
+        gm.meta["notes"] += _not_free(gm, declared)
         return gm
     assert failed is not None
     raise failed
+
+
+def _not_free(gm: fx.GraphModule, declared: list[list[int]]) -> list[str]:
+    """Notes on sizes that the file leaves free and the graph does not."""
+    found = []
+    for (name, shape), dims in zip(gm.meta["dynamic"].items(), declared, strict=True):
+        fixed = {at: shape[at] for at in dims if isinstance(shape[at], int)}
+        if fixed:
+            listed = ", ".join(f"size {at} at {size}" for at, size in fixed.items())
+            found.append(f"input {name!r} is free in the file, and fixed in the graph, in {listed}")
+    return found
 
 
 def _freedom(free: list[list[int]]) -> Any:
