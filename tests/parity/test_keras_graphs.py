@@ -17,6 +17,7 @@ from keras import Input, Model, ops
 from keras import layers as kl
 from random_keras import spread
 
+from fewbit.errors import ModelError
 from fewbit.model.keras_model import outputs_of
 from fewbit.model.readers.keras import read_file, read_model
 from fewbit.model.torch_proof import difference
@@ -209,3 +210,13 @@ def test_classes_of_the_user_that_compute_as_keras_does(tmp_path: Any) -> None:
     check(model)
     model.save(tmp_path / "own.keras")
     assert isinstance(read_file(tmp_path / "own.keras").mine, torch.nn.Linear)
+
+
+def test_what_only_the_comparison_with_keras_can_see() -> None:
+    class Twofold(keras.Model):
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            return 2 * super().__call__(*args, **options)
+
+    i = Input((5,))
+    with pytest.raises(ModelError, match=r"differs from Keras on the example by 5\.0e-01"):
+        read_model(Twofold(i, kl.Dense(3)(i)))
