@@ -12,7 +12,7 @@ export FEWBIT_DATA ?= $(abspath ../shared/data)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCHMARKS ?= accuracy exactness speed probe
+BENCHMARKS ?= accuracy exactness speed probe litert targets readers
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 

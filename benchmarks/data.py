@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,26 @@ def noise(images: np.ndarray, seed: int) -> np.ndarray:
     return (images + added).astype(np.float32)
 
 
+# Digits for networks that take colour images of 32x32 pixels, and for those that take sequences.
+FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "digits32": lambda images: np.ascontiguousarray(images.repeat(4, 2).repeat(4, 3).repeat(3, 1)),
+    "digit-rows": lambda images: np.ascontiguousarray(images[:, 0]),
+}
+
+
+def keywords(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Stand-ins for words: 12 patterns of 49 frames, shifted and under noise, [count, 1, 49, 10] float32; labels."""
+    patterns = (
+        np.random.default_rng(5).standard_normal((12, 8, 4), np.float32).repeat(6, 1).repeat(3, 2)[:, :, :10]
+    )
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, len(patterns), count)
+    frames = (np.arange(49)[None, :] + rng.integers(0, 49, count)[:, None]) % patterns.shape[1]
+    clean = patterns[labels[:, None], frames] * rng.uniform(0.5, 1.0, (count, 1, 1)).astype(np.float32)
+    noisy = clean + rng.standard_normal(clean.shape, np.float32)
+    return noisy[:, None].astype(np.float32), labels.astype(np.int64)
+
+
 def synthetic_images(count: int, size: int, seed: int) -> np.ndarray:
     """Smooth random images with some noise, [count, 3, size, size] float32, zero mean, unit variance."""
     rng = np.random.default_rng(seed)
@@ -127,7 +148,9 @@ def synthetic_tokens(count: int, tokens: int, width: int, seed: int) -> np.ndarr
 
 
 def task(kind: str, *, calibration: int = 512, test: int | None = None, seed: int = 0) -> Task:
-    """The data of one kind: "cifar10", "pixels", "digits", "keywords", "images<size>", "tokens<length>x<width>".
+    """The data of one kind.
+
+    "cifar10", "pixels", "digits", "digits32", "digit-rows", "keywords", "images<size>", "tokens<length>x<width>".
 
     `test` limits the number of test inputs, drawn without replacement by `seed`. Raises NoData, ValueError.
     """
@@ -141,12 +164,13 @@ def task(kind: str, *, calibration: int = 512, test: int | None = None, seed: in
         train, _, inputs, labels = digits()
         drawn = np.random.default_rng(seed).permutation(len(train))[:calibration]
         cal = noise(train[drawn], 1000 + seed)
-    elif kind == "keywords":  # as coarse as cepstral coefficients of 49 frames are
-        cal, inputs = (
-            synthetic_images(n, 56, s)[:, :1, :49, :10]
-            for n, s in ((calibration, 7 + seed), (test or 256, 99))
-        )
-        return Task(np.ascontiguousarray(cal), np.ascontiguousarray(inputs), None)
+    elif kind in ("digits32", "digit-rows"):
+        inner = task("digits", calibration=calibration, test=test, seed=seed)
+        cal, inputs = (FORMS[kind](images) for images in (inner.calibration, inner.inputs))
+        return Task(cal, inputs, inner.labels)
+    elif kind == "keywords":
+        cal, inputs = keywords(calibration, 7 + seed)[0], keywords(test or 2000, 99)
+        return Task(cal, *inputs)
     elif kind.startswith("images"):
         size = int(kind.removeprefix("images"))
         return Task(

@@ -21,38 +21,37 @@ from fewbit.evaluation.latency import ratio
 from fewbit.evaluation.metrics import Report
 from fewbit.model.simulate import QuantizedModel
 
-NETWORKS = ["demo", "resnet20", "mobilenetv2-32", "ds-cnn", "lstm", "vit"]
+NETWORKS = ["demo", "resnet20", "mobilenetv2-digits", "ds-cnn", "lstm", "vit"]
 TARGETS = ["onnx", "litert", "executorch", "openvino", "torch"]
 FOLDER = data.BUILD / "targets"
 RESULTS = FOLDER / "results.jsonl"
 Row = dict[str, Any]
 
 
-def network(name: str, test: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """A named network with calibration and test inputs."""
+def network(name: str, test: int) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """A named network with calibration inputs, test inputs and their labels."""
     if name == "demo":
         from fewbit.demo import load
 
         module, digits = load()
-        return (
-            module,
-            torch.from_numpy(digits.calibration_images),
-            torch.from_numpy(digits.test_images[:test]),
-        )
-    task = data.task(models.CASES[name].data, calibration=256, test=test)
-    return models.build(name), torch.from_numpy(task.calibration), torch.from_numpy(task.inputs)
+        arrays = digits.calibration_images, digits.test_images[:test], digits.test_labels[:test]
+    else:
+        task = data.task(models.CASES[name].data, calibration=256, test=test)
+        module, arrays = models.build(name), (task.calibration, task.inputs, task.labels)
+    calibration, inputs, labels = (torch.from_numpy(array) for array in arrays)
+    return module, calibration, inputs, labels
 
 
 def measure(name: str, targets: list[str], test: int) -> None:
     """Quantizes one network once, exports it for each target and appends a row for each to the results."""
-    module, calibration, inputs = network(name, test)
+    module, calibration, inputs, labels = network(name, test)
     with torch.no_grad():
-        answers = module(inputs).argmax(1)  # "accuracy" is then: the same class as the float network
+        floating = 100 * float((module(inputs).argmax(1) == labels).float().mean())
     quantized = fewbit.quantize(module, calibration, progress=False)
     for target in targets:
         started = time.perf_counter()
-        row: Row = {"network": name, "target": target, "inputs": len(inputs)}
-        row |= through(quantized, target, (inputs, answers), FOLDER / name)
+        row: Row = {"network": name, "target": target, "inputs": len(inputs), "float_accuracy": floating}
+        row |= through(quantized, target, (inputs, labels), FOLDER / name)
         row |= {"seconds": round(time.perf_counter() - started, 1), "commit": commit()}
         with RESULTS.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -77,7 +76,7 @@ def facts(artifact: Artifact, report: Report) -> Row:
     assert check is not None and report.agreement is not None and report.agreement.top1 is not None
     row: Row = {
         "bytes": artifact.size, "runtime": check.runtime, "coverage": check.short_coverage(),
-        "kernels": check.coverage_text(), "same_as_float": 100 * float(report.metrics["accuracy"]),  # type: ignore[arg-type]
+        "kernels": check.coverage_text(), "accuracy": 100 * float(report.metrics["accuracy"]),  # type: ignore[arg-type]
         "same_as_simulation": 100 * report.agreement.top1, "sqnr_db": report.agreement.to_json()["sqnr_db"],
         "exact": check.exact, "tolerance": check.tolerance, "layers": len(check.layers),
         "codes": sum(c.total for c in check.layers), "differing": sum(c.differing for c in check.layers),
@@ -130,7 +129,7 @@ def show(rows: list[Row]) -> None:
         "ms",
         "x float",
         "in integer\nkernels",
-        "as float\n%",
+        "accuracy %\n(float)",
         "as simulated\n%",
         "SQNR to\nsimulation dB",
     ):
@@ -142,7 +141,8 @@ def show(rows: list[Row]) -> None:
             shown = f"{row['ratio']:.2f}" if "ratio" in row else "-"
             printed.add_row(
                 row["network"], row["target"], f"{row['bytes'] / 1e3:,.1f}", f"{row['ms']:.3g}", shown, row["coverage"],
-                f"{row['same_as_float']:.1f}", f"{row['same_as_simulation']:.1f}", sqnr, differences(row),
+                f"{row['accuracy']:.1f} ({row['float_accuracy']:.1f})", f"{row['same_as_simulation']:.1f}", sqnr,
+                differences(row),
             )  # fmt: skip
     console = Console(width=150, highlight=False)
     console.print(printed)

@@ -29,9 +29,14 @@ CASES = {
     "mobilenetv2": Case(lambda: mobilenetv2.MobileNetV2(size=224), "images224"),
     "mobilenetv2-32": Case(lambda: mobilenetv2.MobileNetV2(width=0.5, size=32, classes=10), "images32"),
     "transformer": Case(transformer.Encoder, "tokens32x128"),
-    "ds-cnn": Case(dscnn.DSCNN, "keywords"),
-    "lstm": Case(lstm.LSTMClassifier, "tokens28x28"),
-    "vit": Case(vit.VisionTransformer, "images32"),
+    "mobilenetv2-digits": Case(
+        lambda: mobilenetv2.MobileNetV2(width=0.35, size=32, classes=10),
+        "digits32",
+        "mobilenetv2-digits.safetensors",
+    ),
+    "ds-cnn": Case(dscnn.DSCNN, "keywords", "ds-cnn.safetensors"),
+    "lstm": Case(lstm.LSTMClassifier, "digit-rows", "lstm.safetensors"),
+    "vit": Case(vit.VisionTransformer, "digits32", "vit.safetensors"),
 }
 
 

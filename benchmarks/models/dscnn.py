@@ -1,4 +1,4 @@
-"""A keyword-spotting network of depthwise separable convolutions (Hello Edge, arXiv 1711.07128); random weights."""
+"""A keyword-spotting network (DS-CNN of Hello Edge, arXiv 1711.07128); trained by train_networks.py."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""A classifier of sequences: two LSTM layers and a linear layer on the last step; random weights."""
+"""A classifier of sequences: two LSTM layers and a linear layer on the last step; trained by train_networks.py."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 class LSTMClassifier(nn.Module):
     """[n, steps, features] -> [n, classes]."""
 
-    def __init__(self, features: int = 28, hidden: int = 64, classes: int = 10) -> None:
+    def __init__(self, features: int = 8, hidden: int = 64, classes: int = 10) -> None:
         super().__init__()
         self.lstm = nn.LSTM(features, hidden, num_layers=2, batch_first=True)
         self.head = nn.Linear(hidden, classes)

@@ -1,4 +1,4 @@
-"""A small vision transformer (arXiv 2010.11929) with the mean over its patches as the summary; random weights."""
+"""A small vision transformer (arXiv 2010.11929) that takes the mean over its patches; trained by train_networks.py."""
 
 import torch
 from torch import Tensor, nn
