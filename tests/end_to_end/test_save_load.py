@@ -50,6 +50,12 @@ def test_same_answers_and_same_program(tmp_path: Path, overrides: dict[str, str]
     assert all(torch.equal(value, after.tensors()[key]) for key, value in before.tensors().items())
 
 
+def test_sizes_that_export_found_to_be_fixed_stay_fixed(tmp_path: Path) -> None:
+    model = quantize(nn.Linear(8, 4), example=torch.rand(4, 6, 8), activations="dynamic")
+    again = load(save(model, tmp_path / "net"))
+    assert lower(again).input_shapes == lower(model).input_shapes == [(None, None, 8)]  # type: ignore[arg-type]
+
+
 def test_float_graph_returns_with_its_free_sizes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     gm = read(Net(), (_data(),))

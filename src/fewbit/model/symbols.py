@@ -27,7 +27,9 @@ def encode_value(value: Any) -> Any:
 
 
 def _size(size: Any) -> int | str:
-    return size if isinstance(size, int) else str(size)
+    """A number where the size has one: what export found to be fixed may still be a symbol with that value."""
+    number = size if isinstance(size, int) else size.node.maybe_as_int()
+    return str(size) if number is None else number
 
 
 class Sizes:
