@@ -5,7 +5,7 @@ constants alone becomes a constant.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from fewbit.errors import TargetError
 from fewbit.model.program import Coding, Op, Program, aten, decode_args
 from fewbit.model.reference import Reference, module_state
-from fewbit.targets._litert.layout import FixedBatch, key
+from fewbit.targets._litert.layout import FixedBatch, key, name, refusal
 from fewbit.targets._litert.shapes import Sizes
 
 # Operators whose sizes the layout takes from the result, so that one which grows with the batch does no harm.
@@ -91,7 +91,7 @@ class Call:
         return [d % max(value.rank, 1) for d in (dims if isinstance(dims, list) else [dims])]
 
     def error(self, reason: str) -> TargetError:
-        return TargetError(f"{self.op.layer or self.op.node}: cannot be written for LiteRT: {reason}")
+        return TargetError(f"{self.op.layer or self.op.node}: {name(self.op)}: {reason}")
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
@@ -188,8 +188,14 @@ Expand = Callable[[Call], Any]
 class Expansion:
     """One walk over a program whose sizes are known."""
 
-    def __init__(self, program: Program, sizes: Sizes, free_batch: bool, table: dict[str, Expand]) -> None:
+    def __init__(
+        self, program: Program, sizes: Sizes, free_batch: bool, table: dict[str, Expand], rules: Collection[str],
+        otherwise: Expand,
+    ) -> None:  # fmt: skip
         self.program, self.sizes, self.free_batch, self.table = program, sizes, free_batch, table
+        self.known = {*table, *rules}
+        self.otherwise = otherwise  # for operators that nothing is known of
+        self.problems: list[str] = []
         self.codings: dict[str, Coding] = dict(program.codings)
         self.ops: list[Op] = []
         self.names = set(program.inputs) | {op.output for op in program.ops}
@@ -204,6 +210,9 @@ class Expansion:
         for op in self.program.ops:
             if op.output not in self.sizes.number:
                 self._step(self._settled(op))
+        if self.problems:
+            missing = [o for o in self.ops if key(o) not in self.known]
+            raise refusal([*self.problems, *(f"{o.layer or o.node}: {name(o)}" for o in missing)])
         outputs = _renamed(self.program.outputs, self.renamed)
         return dataclasses.replace(self.program, ops=self.ops, codings=self.codings, outputs=outputs)
 
@@ -248,7 +257,9 @@ class Expansion:
         elif op.domain == "float" and self._foldable(op):
             self._fold(op)
         elif op.domain in ("float", "shares") and key(op) in self.table:
-            self._expand(op)
+            self._expand(op, self.table[key(op)])
+        elif op.domain == "float" and key(op).startswith("aten.") and key(op) not in self.known:
+            self._expand(op, self.otherwise)
         else:
             self._add(op)
 
@@ -266,9 +277,13 @@ class Expansion:
         constants = {"value": value.contiguous().clone()}
         self._add(dataclasses.replace(op, kind="constant", inputs=[], attrs={}, constants=constants))
 
-    def _expand(self, op: Op) -> None:
+    def _expand(self, op: Op, expand: Expand) -> None:
         call = Call(self, op)
-        result = self.table[key(op)](call)
+        try:
+            result = expand(call)
+        except TargetError as error:
+            self.problems.append(str(error))
+            result = None
         if result is None:
             self._add(op)
             return
@@ -282,7 +297,7 @@ class Expansion:
             if new.output == op.output and key(new) == key(op):
                 self._add(new)  # the operation itself, in the one form that has an operator
             else:
-                self._step(new)
+                self._step(self._settled(new))
 
     def _bind(self, name: str, result: Any) -> None:
         if isinstance(result, Value):

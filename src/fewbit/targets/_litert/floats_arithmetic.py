@@ -15,6 +15,8 @@ def _binary(name: str) -> Expand:
 
     def expand(c: Call) -> Value | None:
         first, second, alpha = c["self"], c["other"], c.get("alpha", 1)
+        if c.dtype == torch.bool and name in ("add", "mul"):
+            return c(f"logical_{'or' if name == 'add' else 'and'}.default", first, second)
         if name == "atan2" and first.shape != second.shape:
             raise c.error("atan2 of tensors of different shapes")
         plain = all(not isinstance(v, Value) or v.dtype == c.dtype for v in (first, second))
@@ -156,6 +158,10 @@ def _masked_fill(c: Call) -> Value:
     return c("where.self", c["mask"], c.tensor(c["value"], c.dtype), c.tensor(c["self"], c.dtype))
 
 
+def _bounded(step: str) -> Expand:
+    return lambda c: c(f"{step}.default", c.tensor(c.args[0], c.dtype), c.tensor(c.args[1], c.dtype))
+
+
 def _cast(c: Call) -> Value | None:
     """To bool is "not zero"; what has the type already is left as it is."""
     if c.x.dtype == c.dtype:
@@ -191,6 +197,8 @@ def _identity(c: Call) -> Value:
 ARITHMETIC: dict[str, Expand] = {
     **{k: v for n in ("add", "sub", "mul", "div") for k, v in _of(n, _binary(n), "Tensor", "Scalar").items()},
     **{k: v for n in ("maximum", "minimum", "atan2") for k, v in _of(n, _binary(n), "default").items()},
+    **_of("clamp_min", _bounded("maximum"), "Tensor"),
+    **_of("clamp_max", _bounded("minimum"), "Tensor"),
     **_of("rsub", _rsub, "Scalar", "Tensor"),
     **_of("div", _div_mode, "Tensor_mode", "Scalar_mode"),
     **_of("floor_divide", _floor_divide, "default", "Scalar"),

@@ -145,6 +145,14 @@ def _erf(c: Call) -> Value:
     return c("mul.Tensor", c("sign.default", c.x), c("sub.Tensor", c.constant(1.0), tail))
 
 
+def _erfc(c: Call) -> Value:
+    return c("sub.Tensor", c.constant(1.0), _erf(c))
+
+
+def _exp2(c: Call) -> Value:
+    return c("exp.default", c("mul.Tensor", c.x, math.log(2.0)))
+
+
 def _tan(c: Call) -> Value:
     return c("div.Tensor", c("sin.default", c.x), c("cos.default", c.x))
 
@@ -252,6 +260,8 @@ FUNCTIONS: dict[str, Expand] = {
     **overloads("reciprocal", _reciprocal, "default"),
     **overloads("trunc", _trunc, "default"),
     **overloads("erf", _erf, "default"),
+    **overloads("erfc", _erfc, "default"),
+    **overloads("exp2", _exp2, "default"),
     **overloads("tan", _tan, "default"),
     **overloads("atan", _atan, "default"),
     **overloads("sinh", _sinh, "default"),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fewbit.targets._litert.expand import Call, Expand, Value
+from fewbit.targets._litert.floats_fallback import decomposed
 
 _LOWEST = float(torch.finfo(torch.float32).min)
 _EPSILON = 2.0**-23  # torch's default for RMSNorm: that of float32
@@ -71,7 +72,7 @@ def _einsum(c: Call) -> Value | None:
     if len(tensors) != 2 or not letters.isalpha() or any(len(set(n)) != len(n) for n in (*names, output)):
         if c["equation"] in ("...ij,...kj->...ik", "...ij,...jk->...ik"):
             return None
-        raise c.error(f"einsum {c['equation']!r}: only products of two tensors without repeated letters")
+        return decomposed(c)
     return _contracted(c, list(tensors), names, output)
 
 

@@ -55,6 +55,14 @@ def _variance(root: bool) -> Expand:
     return expand
 
 
+def _with_mean(expand: Expand) -> Expand:
+    def both(c: Call) -> list[Any]:
+        x, keep = c["self"], bool(c.get("keepdim", False))
+        return [expand(c), c("mean.dim", x, c.axes(c.get("dim"), x), keep)]
+
+    return both
+
+
 def _logsumexp(c: Call) -> Value:
     x, axes = c["self"], c.axes(c["dim"], c["self"])
     top = c("amax.default", x, axes, True)
@@ -158,6 +166,8 @@ REDUCTIONS: dict[str, Expand] = {
     **_overloads("prod", _prod, "dim_int", "default"),
     **_overloads("var", _variance(False), "default", "dim", "correction"),
     **_overloads("std", _variance(True), "default", "dim", "correction"),
+    **_overloads("var_mean", _with_mean(_variance(False)), "default", "dim", "correction"),
+    **_overloads("std_mean", _with_mean(_variance(True)), "default", "dim", "correction"),
     **_overloads("logsumexp", _logsumexp, "default"),
     **_overloads("argmax", _arg("argmax"), "default"),
     **_overloads("argmin", _arg("argmin"), "default"),

@@ -184,6 +184,39 @@ def _triangle(upper: bool) -> Expand:
     return expand
 
 
+def _slice_scatter(c: Call) -> Value:
+    """A tensor with a part of it replaced: what is before, the part, what is behind."""
+    x, part, axis = c["self"], c["src"], c["dim"] % c["self"].rank
+    size, start, end = x.shape[axis], c["start"], c["end"]
+    start = 0 if start is None else min(max(start + size if start < 0 else start, 0), size)
+    end = size if end is None else min(max(end + size if end < 0 else end, 0), size)
+    if c["step"] != 1:
+        raise c.error("a part with gaps cannot be replaced")
+    return _replaced(c, x, part, axis, (start, end))
+
+
+def _select_scatter(c: Call) -> Value:
+    x, axis = c["self"], c["dim"] % c["self"].rank
+    at = c["index"] % x.shape[axis]
+    return _replaced(c, x, c("unsqueeze.default", c["src"], axis), axis, (at, at + 1))
+
+
+def _replaced(c: Call, x: Value, part: Value, axis: int, place: tuple[int, int]) -> Value:
+    (start, end), size = place, x.shape[axis]
+    parts = [c("slice.Tensor", x, axis, 0, start, 1)] if start else []
+    parts.append(c.tensor(part, c.dtype))
+    parts += [c("slice.Tensor", x, axis, end, size, 1)] if end < size else []
+    return c("cat.default", parts, axis) if len(parts) > 1 else parts[0]
+
+
+def _unfold(c: Call) -> Value:
+    """Windows along an axis, their numbers along a new last one."""
+    x, axis, size, step = c.x, c["dimension"] % c.x.rank, c["size"], c["step"]
+    span = (c.shape[axis] - 1) * step + 1
+    starts = [c("slice.Tensor", x, axis, i, i + span, step) for i in range(size)]
+    return c("cat.default", [c("unsqueeze.default", s, x.rank) for s in starts], x.rank)
+
+
 def _same(c: Call) -> Any:
     return c.x
 
@@ -208,5 +241,8 @@ SHAPES: dict[str, Expand] = {
     "aten.chunk.default": _chunk,
     "aten.tril.default": _triangle(False),
     "aten.triu.default": _triangle(True),
+    "aten.slice_scatter.default": _slice_scatter,
+    "aten.select_scatter.default": _select_scatter,
+    "aten.unfold.default": _unfold,
     "module.Dropout": _same,
 }

@@ -250,12 +250,12 @@ def _wanted(value: Any, dims: int) -> list[Any]:
 # ---- interpolation --------------------------------------------------------------------------------------------------
 
 
-def _nearest(dims: int) -> Expand:
+def _nearest(dims: int, exact: bool = False) -> Expand:
     """By whole factors pixels are repeated; else they are chosen by the very indices that torch takes."""
 
     def expand(c: Call) -> Value | None:
         before, after = c.x.shape[2:], c.shape[2:]
-        if dims < 3 and not any(a % b for a, b in zip(after, before, strict=True)):
+        if not exact and dims < 3 and not any(a % b for a, b in zip(after, before, strict=True)):
             return None
         factors = c.get("scale_factors") or [None] * dims
         x = c.x
@@ -264,7 +264,8 @@ def _nearest(dims: int) -> Expand:
                 continue
             line = torch.arange(before[i], dtype=torch.float32).reshape(1, 1, -1)
             size, factor = ([after[i]], None) if factors[i] is None else (None, [factors[i]])
-            chosen = torch.ops.aten.upsample_nearest1d.vec(line, size, factor).long().flatten()
+            pick = torch.ops.aten._upsample_nearest_exact1d if exact else torch.ops.aten.upsample_nearest1d
+            chosen = pick.vec(line, size, factor).long().flatten()
             x = c("index_select.default", x, i + 2, c.constant(chosen.to(torch.int32)))
         return x
 
@@ -329,6 +330,7 @@ WINDOWS: dict[str, Expand] = {
     **{f"aten.adaptive_avg_pool{n}d.default": _adaptive(n, "avg") for n in (1, 2, 3)},
     **{f"aten.adaptive_max_pool{n}d.default": _adaptive(n, "max") for n in (1, 2, 3)},
     **{f"aten.upsample_nearest{n}d.vec": _nearest(n) for n in (1, 2, 3)},
+    **{f"aten._upsample_nearest_exact{n}d.vec": _nearest(n, exact=True) for n in (1, 2, 3)},
     "aten.upsample_linear1d.vec": _interpolated(1),
     "aten.upsample_bilinear2d.vec": _interpolated(2),
     "aten.upsample_trilinear3d.vec": _interpolated(3),

@@ -55,13 +55,26 @@ class Layout:
             self.where[name] = (name, tuple(range(len(self.sizes.shape[name]))))
             self.stored[name] = self.sizes.signature(name)
         self._check()
+        problems: list[str] = []
         for op in self.program.ops:
             if op.output in self.sizes.number:
                 continue  # arithmetic on sizes: known by now
-            self.rules[key(op)](self, op)
+            try:
+                self.rules[key(op)](self, op)
+            except TargetError as error:
+                problems.append(str(error))
+                self._assume(op)
+        if problems:
+            raise refusal(problems)
         outputs = _renamed(self.program.outputs, {n: self.source(n) for n in self.program.output_names()})
         result = dataclasses.replace(self.program, ops=self.ops, codings=self.codings, outputs=outputs)
         return _live(result)
+
+    def _assume(self, op: Op) -> None:
+        """A value that cannot be written, so that the walk finds whatever else cannot."""
+        if op.output in self.sizes.shape:
+            self.stored[op.output] = self.sizes.signature(op.output)
+            self.where[op.output] = (op.output, tuple(range(self.rank(op.output))))
 
     def _check(self) -> None:
         missing = [
@@ -69,11 +82,7 @@ class Layout:
             if key(op) not in self.rules and op.output not in self.sizes.number
         ]  # fmt: skip
         if missing:
-            listed = "\n".join(f"  {op.layer or op.node}: {_name(op)}" for op in missing)
-            raise TargetError(
-                "LiteRT has no operation for these, or fewbit cannot write it yet:\n"
-                f"{listed}\nreplace them in the model, or export to another target"
-            )
+            raise refusal([f"{op.layer or op.node}: {name(op)}" for op in missing])
 
     # ---- what rules use -------------------------------------------------------------------------------------------
 
@@ -168,8 +177,18 @@ def key(op: Op) -> str:
     return str(op.attrs["target"]) if str(op.attrs.get("target", "")).startswith("aten.") else op.kind
 
 
-def _name(op: Op) -> str:
+def name(op: Op) -> str:
+    """What an operation is called in a message."""
     return key(op).removeprefix("module.").removeprefix("aten.").rsplit(".", 1)[0]
+
+
+def refusal(lines: list[str]) -> TargetError:
+    """Everything that cannot be written, at once."""
+    listed = "\n".join(f"  {line}" for line in lines)
+    return TargetError(
+        "LiteRT has no operation for these, or fewbit cannot write it yet:\n"
+        f"{listed}\nreplace them in the model, or export to another target"
+    )
 
 
 def _renamed(structure: Any, names: dict[str, str]) -> Any:

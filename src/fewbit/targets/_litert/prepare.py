@@ -30,7 +30,7 @@ def prepare(program: Program) -> Program:
 
 def _laid_out(program: Program, free_batch: bool) -> Program:
     own = dataclasses.replace(program, ops=[dataclasses.replace(op) for op in program.ops])
-    own = expanded(own, sizes(own, free_batch), free_batch)
+    own = expanded(own, sizes(own, free_batch), free_batch, ALL_RULES)
     found = sizes(own, free_batch)
     layout = Layout(own, found, ALL_RULES)
     result = layout.run()
