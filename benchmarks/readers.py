@@ -10,6 +10,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import compare
@@ -33,11 +35,23 @@ LIMIT = 300  # seconds for one model
 Row = dict[str, Any]
 
 
-def keras_case(seed: int) -> tuple[Any, list[str], Callable[..., Any], Callable[..., list[Tensor]]]:
-    """What fewbit reads, what it is made of, its inputs and the source's own answers.
+@dataclass(frozen=True)
+class Case:
+    """A model's file, its parts, inputs by (count, variant), the source's own answers, the batch that it insists on."""
 
-    Every second one is an .h5 file, where Keras itself can read that back.
-    """
+    path: Path
+    parts: list[str]
+    inputs: Callable[..., tuple[Tensor, ...]]
+    answers: Callable[[tuple[Tensor, ...]], list[Tensor]]
+    batch: int | None = None
+
+    def some(self, count: int, variant: int = 0) -> tuple[Tensor, ...]:
+        """Inputs, as many as the model takes at once."""
+        return self.inputs(self.batch or count, variant)
+
+
+def keras_case(seed: int) -> Case:
+    """Every second one is an .h5 file, where Keras itself can read that back."""
     os.environ.setdefault("KERAS_BACKEND", "torch")
     import keras
     from random_keras import draw
@@ -52,21 +66,24 @@ def keras_case(seed: int) -> tuple[Any, list[str], Callable[..., Any], Callable[
     except Exception:  # whatever Keras says of its own file
         path = path.with_suffix(".keras")
         drawn.model.save(path)
-    return path, drawn.parts, drawn.inputs, lambda inputs: outputs_of(drawn.model, inputs)
+    return Case(path, drawn.parts, drawn.inputs, lambda inputs: outputs_of(drawn.model, inputs))
 
 
-def onnx_case(seed: int) -> tuple[Any, list[str], Callable[..., Any], Callable[..., list[Tensor]]]:
-    """The same for an ONNX model."""
-    from random_onnx import answers, draw, saved
+def onnx_case(seed: int) -> Case:
+    """Any opset; some insist on a batch of one or three."""
+    from onnx_made import answers, saved
+    from random_onnx import draw
 
     drawn = draw(seed)
     path = saved(drawn.model, FOLDER)
-    return (
-        path,
-        drawn.parts,
-        drawn.inputs,
-        lambda inputs: [torch.from_numpy(a) for a in answers(path, inputs)],
-    )
+
+    def run(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        return [torch.from_numpy(a) for a in answers(path, inputs)]
+
+    return Case(path, drawn.parts, drawn.inputs, run, drawn.batch)
+
+
+CASES = {"keras": keras_case, "onnx": onnx_case}
 
 
 def examine(source: str, seed: int) -> Row:
@@ -74,23 +91,23 @@ def examine(source: str, seed: int) -> Row:
     row: Row = {"source": source, "seed": seed, "done": []}
     step = "drawn"
     try:
-        path, row["parts"], inputs, answers = {"keras": keras_case, "onnx": onnx_case}[source](seed)
-        step = "read"
-        model = fewbit.load(path, example=inputs(2))
+        case = CASES[source](seed)
+        row["parts"], step = case.parts, "read"
+        model = fewbit.load(case.path, example=case.some(2))
         row["done"].append(step)
-        step, unseen = "equal", inputs(3, 7)
+        step, unseen = "equal", case.some(3, 7)
         with torch.no_grad():
-            pairs = zip(answers(unseen), tree_leaves(model(*unseen)), strict=True)
+            pairs = zip(case.answers(unseen), tree_leaves(model(*unseen)), strict=True)
             row["difference"] = max(difference(expected, actual) for expected, actual in pairs)
         if row["difference"] > TOLERANCE:
             raise ValueError(f"differs from the source by {row['difference']:.1e}")
         row["done"].append(step)
-        step = "quantized"
-        quantized = fewbit.quantize(model, [inputs(64)], example=inputs(4), progress=False)
+        step, batches = "quantized", [case.some(16, 100 + index) for index in range(4)]
+        quantized = fewbit.quantize(model, batches, example=case.some(4), progress=False)
         row["done"].append(step)
     except Exception as error:
         return row | {"failures": {step: reason(error)}}
-    return row | {"failures": exported(row, quantized, inputs(8, 9))}
+    return row | {"failures": exported(row, quantized, case.some(8, 9))}
 
 
 def exported(row: Row, quantized: Any, unseen: tuple[Tensor, ...]) -> dict[str, str]:
