@@ -281,13 +281,43 @@ def test_a_transposed_operand_is_read_as_it_lies() -> None:
     assert kinds(content) == ["BATCH_MATMUL"]
 
 
+def test_what_torch_takes_apart_needs_no_rule() -> None:
+    functions: list[Function] = [
+        lambda x: F.cosine_similarity(x, x * 2 + 1, dim=1),
+        lambda x: torch.lerp(x, x * 2, 0.3),
+        lambda x: torch.addcmul(x, x, x, value=0.5),
+        lambda x: torch.logaddexp(x, x * 2),
+        lambda x: torch.diff(x, dim=1),
+        lambda x: torch.std_mean(x, 1),
+        lambda x: torch.aminmax(x, dim=1),
+        lambda x: F.pairwise_distance(x, x + 1),
+        lambda x: torch.einsum("bij->bji", x),
+        lambda x: torch.slice_scatter(x, x[:, :2] * 2, 1, 1, 3),
+        lambda x: torch.select_scatter(x, x[:, 0] * 2, 1, 2),
+        lambda x: x.unfold(2, 3, 2),
+    ]
+    check(One(functions), _x(2, 4, 6))
+
+
 def test_what_has_no_operator_is_listed_whole() -> None:
-    model = One([torch.special.bessel_j0, lambda x: x + 1, torch.special.i0])
+    """What has no rule, and what has one that says no."""
+    functions = [
+        torch.special.bessel_j0,
+        lambda x: x + 1,
+        torch.special.i0,
+        lambda x: torch.atan2(x, x[:, :1]),
+        lambda x: F.max_pool2d(x[:, None, None], (1, 2), dilation=1, ceil_mode=True),
+        lambda x: x.topk(2, largest=False),
+    ]
     with pytest.raises(TargetError) as caught:
-        prepare(lowered(model, _x(2, 3)))
-    assert "special_bessel_j0" in str(caught.value)
-    assert "i0" in str(caught.value)
-    assert "add" not in str(caught.value)
+        prepare(lowered(One(functions), _x(2, 6)))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "LiteRT has no operation for these, or fewbit cannot write it yet:"
+    assert [line.split(":")[1].strip() for line in lines[1:-1]] == [
+        "atan2",
+        "special_bessel_j0",
+        "special_i0",
+    ]
 
 
 def test_a_linear_layer_with_a_constant_matrix() -> None:
