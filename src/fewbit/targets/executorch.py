@@ -1,6 +1,6 @@
 """ExecuTorch, run by its own runtime: ``.pte`` files whose integer kernels are XNNPACK's.
 
-A file takes up to 64 samples at once. Sizes that the model leaves open besides have a limit of 256.
+A file takes up to 64 samples at once; what the model leaves open besides has the sizes of the example.
 """
 
 from importlib.metadata import version
@@ -68,7 +68,7 @@ def write(program: Program, path: Path, metadata: dict[str, str]) -> None:
         facts = {"metadata": metadata, "independent": independent}
         return {pte.METHOD: pte.described(program, pte.by_hash(constants), facts)}
 
-    path.write_bytes(lowered(program, fixed_sizes(program, metadata), methods))
+    path.write_bytes(lowered(program, fixed_sizes(program), methods))
 
 
 def open(path: Path) -> Runner:

@@ -1,6 +1,5 @@
 """torch.export of a program's module: the inputs it is traced with, which of their sizes stay free, and silence."""
 
-import json
 import logging
 import os
 import sys
@@ -23,24 +22,24 @@ _SIZES = (16, 32, 64, 128, 224, 8, 4)
 Shapes = list[tuple[int | None, ...]]
 
 
-def fixed_sizes(program: Program, metadata: dict[str, str]) -> Shapes:
-    """The input shapes with all sizes but the first fixed, where ``metadata`` tells the example's."""
-    facts = json.loads(metadata.get("fewbit", "{}"))
-    example = facts.get("input_shapes")
-    if not example:
+def fixed_sizes(program: Program) -> Shapes:
+    """The input shapes with all free sizes but the first as in the example, where that is known."""
+    if not program.example_shapes:
         return program.input_shapes
     return [
         tuple(
-            size if size is None and i == 0 else given
+            size if i == 0 or size is not None else given
             for i, (size, given) in enumerate(zip(shape, sizes, strict=True))
         )
-        for shape, sizes in zip(program.input_shapes, example, strict=True)
+        for shape, sizes in zip(program.input_shapes, program.example_shapes, strict=True)
     ]
 
 
 def sample(program: Program, shapes: Shapes, module: nn.Module) -> tuple[Tensor, ...]:
-    """Inputs (seeded) that the module runs on, whatever sizes its free dimensions want."""
+    """Inputs (seeded) that the module runs on: in the example's sizes, or whatever its free dimensions want."""
     error: Exception | None = None
+    if all(None not in shape[1:] for shape in fixed_sizes(program)):
+        shapes = fixed_sizes(program)
     for size in _SIZES:
         inputs = _inputs(program, shapes, size)
         try:
