@@ -60,7 +60,7 @@ def _visible(model: Any, writer: IrWriter) -> dict[str, str]:
     for value, coding in program.codings.items():
         codes = writer.names.get(value)
         view = writer.views.get((str(codes), coding.scale, coding.zero_point))
-        for name in (codes, view, returned.get(value)):
+        for name in (returned.get(value), codes, view):  # a file keeps no other name of an output
             if isinstance(name, str) and name in present:
                 found[value] = name
                 break
@@ -131,13 +131,12 @@ def probe(path: Path, inputs: tuple[Tensor, ...], codes: dict[str, str]) -> dict
     ports = {n: out for node in model.get_ordered_ops() for out in node.outputs() for n in out.get_names()}
     codings = {} if program is None else program.codings
     wanted = {v: n for v, n in codes.items() if n in ports and v in codings}
-    names = list(dict.fromkeys(wanted.values()))
-    first = len(model.outputs)
-    model.add_outputs([ports[name] for name in names])
-    results = dict(zip(names, infer(compiled(model, path), inputs, path)[first:], strict=True))
+    model.add_outputs([ports[name] for name in dict.fromkeys(wanted.values())])
+    places = {name: i for i, out in enumerate(model.outputs) for name in out.get_names()}
+    results = infer(compiled(model, path, inputs), inputs, path)
     found = {}
     for value, name in wanted.items():
-        result = results[name]
+        result = results[places[name]]
         if result.dtype.kind == "f":
             coding = codings[value]
             result = np.rint(result.astype(np.float64) / coding.scale) + coding.zero_point

@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto
@@ -17,12 +18,10 @@ from fewbit.targets._onnx.floats_weights import dequantized
 from fewbit.targets._onnx.writer import Writer, storage
 from fewbit.targets._openvino.runtime import core, openvino
 
-_STORED = {
-    TensorProto.INT4: "i4",
-    TensorProto.UINT4: "u4",
-    TensorProto.FLOAT16: "f16",
-    TensorProto.BFLOAT16: "bf16",
-}
+_FOUR_BITS = {TensorProto.INT4: "i4", TensorProto.UINT4: "u4"}
+_HALVES = {TensorProto.FLOAT16: ("f16", np.float16), TensorProto.BFLOAT16: ("bf16", ml_dtypes.bfloat16)}
+_FEW = 16  # numbers, below which a constant is not worth another type
+_RECURRENT = {"LSTMSequence", "GRUSequence", "RNNSequence"}
 _NODES = {"Conv", "Gemm", "MatMul", "Add", "Mul", "AveragePool", "GlobalAveragePool", "Concat", "Softmax"}
 
 
@@ -80,7 +79,7 @@ class IrWriter(Writer):
 def _weight_only(builder: Builder, op: Op, x: str) -> str:
     """A layer whose input's range is taken at run time: OpenVINO does that itself, given integer weights.
 
-    See ``DYNAMIC`` in the target: the ranges are those of groups of inputs.
+    Its ranges are those of groups of numbers; convolutions it computes in float.
     """
     codes, scale = op.constants["weight"], op.constants["weight_scale"]
     scheme = Scheme("int4" if int(codes.abs().max()) <= 7 else "int8", "channel", narrow=True)
@@ -116,28 +115,68 @@ def converted(graph: onnx.ModelProto) -> Any:
     model = core().read_model(io.BytesIO(graph.SerializeToString()))
     transformations.apply_moc_transformations(model, False)
     _narrow(model, graph)
+    for node in model.get_ordered_ops():
+        if node.get_type_name() in _RECURRENT:
+            for i in range(1, node.get_input_size()):
+                _foldable(node.input_value(i).get_node())
     model.validate_nodes_and_infer_types()
     return model
 
 
-def _narrow(model: Any, graph: onnx.ModelProto) -> None:
-    """Undo the folding of Casts: a folded constant becomes the initializer that it came from, and a Convert."""
-    ov = openvino()
+def _foldable(node: Any) -> None:
+    """Let OpenVINO compute recurrent weights from their codes when it compiles: it takes constants only there.
+
+    It leaves a Convert from 8 bits to float alone, as part of an integer operation to be; one from 32 bits it folds.
+    """
     opset = require("openvino.opset13", "openvino", "writing OpenVINO files")
-    stored = {i.name: i for i in graph.graph.initializer if i.data_type in _STORED}
-    casts = {n.name: n.input[0] for n in graph.graph.node if n.op_type == "Cast" and n.input[0] in stored}
+    for i in range(node.get_input_size()):
+        source = node.input_value(i).get_node()
+        if node.get_type_name() == "Convert" and source.get_element_type().is_integral():
+            wide = opset.convert(source.output(0), "i32")
+            node.input(i).replace_source_output(wide.output(0))
+        else:
+            _foldable(source)
+
+
+def _narrow(model: Any, graph: onnx.ModelProto) -> None:
+    """Undo the folding of Casts: constants are stored as narrow as the graph's initializers are, with a Convert."""
+    stored = {i.name: i for i in graph.graph.initializer}
+    kinds = {i.data_type for i in stored.values()}
+    casts = {
+        n.name: stored[n.input[0]] for n in graph.graph.node if n.op_type == "Cast" and n.input[0] in stored
+    }
     made: dict[str, Any] = {}
     for node in model.get_ordered_ops():
         name = node.get_friendly_name()
-        if node.get_type_name() != "Constant" or name not in casts:
+        if node.get_type_name() != "Constant":
             continue
-        tensor = stored[casts[name]]
-        if tensor.name not in made:
-            kind = getattr(ov.Type, _STORED[tensor.data_type])
-            data = ov.Tensor(np.frombuffer(tensor.raw_data, np.uint8), ov.Shape(list(tensor.dims)), kind)
-            made[tensor.name] = ov.op.Constant(data, shared_memory=False)
-            made[tensor.name].set_friendly_name(tensor.name)
-        convert = opset.convert(made[tensor.name].output(0), node.get_element_type())
-        convert.set_friendly_name(name)
-        for reader in list(node.output(0).get_target_inputs()):
-            reader.replace_source_output(convert.output(0))
+        if name in casts and casts[name].data_type in _FOUR_BITS:
+            tensor = casts[name]
+            kind = _FOUR_BITS[tensor.data_type]
+            if tensor.name not in made:
+                made[tensor.name] = _constant(tensor.name, kind, list(tensor.dims), tensor.raw_data)
+            _replace(node, made[tensor.name])
+        elif node.get_element_type().get_type_name() == "f32" and node.data.size >= _FEW:
+            for number, (kind, dtype) in _HALVES.items():
+                half = node.data.astype(dtype)
+                if number in kinds and np.array_equal(half.astype(np.float32), node.data):
+                    _replace(node, _constant(f"{name}/{kind}", kind, list(node.data.shape), half.tobytes()))
+                    break
+
+
+def _constant(name: str, kind: str, shape: list[int], data: bytes) -> Any:
+    """A constant of an OpenVINO type from its bytes."""
+    ov = openvino()
+    tensor = ov.Tensor(np.frombuffer(data, np.uint8), ov.Shape(shape), getattr(ov.Type, kind))
+    constant = ov.op.Constant(tensor, shared_memory=False)
+    constant.set_friendly_name(name)
+    return constant
+
+
+def _replace(node: Any, stored: Any) -> None:
+    """Let the readers of a constant read one of a narrower type, converted."""
+    opset = require("openvino.opset13", "openvino", "writing OpenVINO files")
+    convert = opset.convert(stored.output(0), node.get_element_type())
+    convert.set_friendly_name(node.get_friendly_name())
+    for reader in list(node.output(0).get_target_inputs()):
+        reader.replace_source_output(convert.output(0))
