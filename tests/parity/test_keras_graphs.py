@@ -175,6 +175,15 @@ def test_operators() -> None:
     check(Model(i, [value for values in results.values() for value in values]))
 
 
+def test_bytes_as_pixels() -> None:
+    model = keras.Sequential([Input((6, 6, 3), dtype="uint8"), kl.Rescaling(1 / 255), kl.Conv2D(4, 3)])
+    spread(model, 0)
+    gm = read_model(model)
+    x = torch.randint(0, 256, (3, 6, 6, 3), dtype=torch.uint8)
+    assert difference(outputs_of(model, (x,))[0], gm(x).detach()) <= 1e-5
+    assert gm.meta["example"][0].dtype == torch.uint8 and int(gm.meta["example"][0].max()) > 127
+
+
 def test_an_input_that_nobody_reads_and_one_that_goes_out() -> None:
     i, j = Input((6,)), Input((4,))
     check(Model([i, j], [i, kl.Dense(2)(i)]))

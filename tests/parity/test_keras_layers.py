@@ -201,6 +201,7 @@ def test_moving_numbers_about() -> None:
         kl.UpSampling2D((2, 3)),
         [kl.Conv2D(**conv), kl.UpSampling2D(2, interpolation="bilinear")],
     )
+    check((6, 4, 3), kl.Resizing(5, 9), [kl.Conv2D(2, 1), kl.Resizing(12, 3)])
     check((12,), [kl.Reshape((1, 1, 12)), kl.Conv2D(4, 1), kl.Flatten()], [kl.Reshape((2, 2, -1)), kl.Conv2D(4, 1)],
           [kl.RepeatVector(3), kl.Dense(2)])  # fmt: skip
     check((5, 6), [kl.Permute((2, 1)), kl.Conv1D(4, 3), kl.Permute((2, 1))], kl.ZeroPadding1D((1, 2)),

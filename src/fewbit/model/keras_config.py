@@ -112,6 +112,8 @@ class _Walk:
 
 def reason(class_name: str) -> str:
     """Why a layer of this class cannot be read."""
+    if class_name in ("TFOpLambda", "SlicingOpLambda"):
+        return f"{class_name}: a TensorFlow operator inside a Keras 2 model, which Keras 3 does not load"
     if class_name in CODE:
         return f"{class_name}: runs Python code from the file, which is never done"
     if class_name == "Masking":
@@ -147,6 +149,11 @@ def options(kind: str, config: Config) -> Iterator[str]:
         yield f"score_mode={config['score_mode']!r}, expected 'dot'"
     if kind == "UpSampling2D" and config.get("interpolation", "nearest") not in ("nearest", "bilinear"):
         yield f"interpolation={config['interpolation']!r}, expected 'nearest' or 'bilinear'"
+    if kind == "Resizing" and (
+        config.get("interpolation", "bilinear") != "bilinear"
+        or any(config.get(key) for key in ("antialias", "crop_to_aspect_ratio", "pad_to_aspect_ratio"))
+    ):
+        yield "expected plain 'bilinear' interpolation"
     if kind == "Softmax" and isinstance(config.get("axis"), list | tuple) and len(config["axis"]) > 1:
         yield f"axis={config['axis']}, expected one axis"
     if kind == "BatchNormalization" and (config.get("renorm") or config.get("virtual_batch_size")):

@@ -26,7 +26,8 @@ def _one(model: Any, tensor: Any, generator: torch.Generator) -> Tensor:
         dtype = torch.int32 if tensor.dtype == "int32" else torch.int64
         return torch.randint(0, min(rows), shape, generator=generator, dtype=dtype)
     if "int" in tensor.dtype:
-        return torch.randint(0, 2, shape, generator=generator, dtype=getattr(torch, tensor.dtype))
+        high = 256 if tensor.dtype == "uint8" else 2
+        return torch.randint(0, high, shape, generator=generator, dtype=getattr(torch, tensor.dtype))
     numbers = torch.randn(shape, generator=generator)
     if any(type(layer).__name__ in ("Rescaling", "Normalization") for layer in readers):
         return (numbers * 64 + 128).clamp(0, 255)  # such layers are there for raw pixels

@@ -17,7 +17,7 @@ from fewbit.model import keras_shapes as shapes
 
 Rule = Callable[..., Any]
 
-NOTHING = ("GaussianNoise", "GaussianDropout", "ActivityRegularization", "Identity")
+NOTHING = ("GaussianNoise", "GaussianDropout", "ActivityRegularization", "Identity", "StochasticDepth")
 AUGMENTATION = tuple(f"Random{what}" for what in ("Flip", "Rotation", "Translation", "Zoom", "Shear", "Contrast", "Hue",
                                                   "Brightness", "Saturation", "Grayscale", "Sharpness"))  # fmt: skip
 
@@ -35,6 +35,7 @@ LAYERS: dict[str, Rule] = {
     "LayerNormalization": normalizations.layer_normalization,
     "GroupNormalization": normalizations.group_normalization,
     "RMSNormalization": normalizations.rms_normalization,
+    "LayerScale": normalizations.layer_scale,
     "Rescaling": normalizations.rescaling,
     "Normalization": normalizations.normalization,
     "Activation": functions.activation_layer,
@@ -50,6 +51,7 @@ LAYERS: dict[str, Rule] = {
     **dict.fromkeys([f"ZeroPadding{dims}D" for dims in (1, 2, 3)], shapes.zero_padding),
     **dict.fromkeys([f"Cropping{dims}D" for dims in (1, 2, 3)], shapes.cropping),
     **dict.fromkeys([f"UpSampling{dims}D" for dims in (1, 2, 3)], shapes.up_sampling),
+    "Resizing": shapes.resizing,
     "Dropout": shapes.dropout,
     **dict.fromkeys([f"SpatialDropout{dims}D" for dims in (1, 2, 3)], shapes.spatial_dropout),
     "AlphaDropout": shapes.alpha_dropout,

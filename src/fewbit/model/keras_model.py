@@ -128,7 +128,8 @@ def _known(base: type) -> Container[str] | None:
         return OPERATORS.keys() | MASKS
     if base.__module__.startswith("keras.src.models."):
         return ("Functional", "Sequential")
-    return {"InputLayer", *LAYERS} if base.__module__.startswith("keras.src.layers.") else None
+    layers = base.__module__.startswith(("keras.src.layers.", "keras.src.applications."))
+    return {"InputLayer", *LAYERS} if layers else None
 
 
 def check(model: Any, where: str) -> None:

@@ -73,6 +73,11 @@ def group_normalization(b: Assembly, layer: Any, path: str, x: Value) -> Value:
     )
 
 
+def layer_scale(b: Assembly, layer: Any, path: str, x: Value) -> Value:
+    """A factor for each channel, as in the ConvNeXt models that come with Keras."""
+    return _arithmetic(b, path, torch.mul, x, tensor(layer.gamma))
+
+
 def rescaling(b: Assembly, layer: Any, path: str, x: Value) -> Value:
     """x * scale + offset."""
     y = _arithmetic(b, path, torch.mul, x, layer.scale)

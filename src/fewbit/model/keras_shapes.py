@@ -115,6 +115,13 @@ def up_sampling(b: Assembly, layer: Any, path: str, x: Value) -> Value:
     return x.same(b.function(path, F.interpolate, x.node, scale_factor=scale, mode=mode, align_corners=False))
 
 
+def resizing(b: Assembly, layer: Any, path: str, x: Value) -> Value:
+    """Another height and width, interpolated."""
+    x = b.channels_second(x, path, channel_axis(layer))
+    size = (int(layer.height), int(layer.width))
+    return x.same(b.function(path, F.interpolate, x.node, size=size, mode="bilinear", align_corners=False))
+
+
 def dropout(b: Assembly, layer: Any, path: str, x: Value) -> Value:
     """Nothing at inference; kept, so that training the graph drops as training in Keras does."""
     return x.same(b.module(path, lambda: nn.Dropout(float(layer.rate)), x.node)) if layer.rate else x
