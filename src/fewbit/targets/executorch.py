@@ -68,7 +68,7 @@ def write(program: Program, path: Path, metadata: dict[str, str]) -> None:
         facts = {"metadata": metadata, "independent": independent}
         return {pte.METHOD: pte.described(program, pte.by_hash(constants), facts)}
 
-    path.write_bytes(lowered(program, fixed_sizes(program), methods))
+    path.write_bytes(lowered(program, fixed_sizes(program, program.input_shapes), methods))
 
 
 def open(path: Path) -> Runner:

@@ -22,24 +22,23 @@ _SIZES = (16, 32, 64, 128, 224, 8, 4)
 Shapes = list[tuple[int | None, ...]]
 
 
-def fixed_sizes(program: Program) -> Shapes:
-    """The input shapes with all free sizes but the first as in the example, where that is known."""
+def fixed_sizes(program: Program, shapes: Shapes) -> Shapes:
+    """Shapes with all free sizes but the first as in the example, where that is known."""
     if not program.example_shapes:
-        return program.input_shapes
+        return shapes
     return [
         tuple(
-            size if i == 0 or size is not None else given
+            given if i and size is None else size
             for i, (size, given) in enumerate(zip(shape, sizes, strict=True))
         )
-        for shape, sizes in zip(program.input_shapes, program.example_shapes, strict=True)
+        for shape, sizes in zip(shapes, program.example_shapes, strict=True)
     ]
 
 
 def sample(program: Program, shapes: Shapes, module: nn.Module) -> tuple[Tensor, ...]:
     """Inputs (seeded) that the module runs on: in the example's sizes, or whatever its free dimensions want."""
     error: Exception | None = None
-    if all(None not in shape[1:] for shape in fixed_sizes(program)):
-        shapes = fixed_sizes(program)
+    shapes = fixed_sizes(program, shapes)
     for size in _SIZES:
         inputs = _inputs(program, shapes, size)
         try:
