@@ -37,8 +37,8 @@ def test_adapting_twice_changes_nothing_more_and_keeps_the_width(name: str) -> N
         assert target.adapt(once).scheme == once.scheme
         assert once.scheme is not None and once.scheme.spec.bits == 8 and once.site == given.site
         assert target.check(once) is None
-    refusal = target.check(target.adapt(row("activation", "int16")))
-    assert refusal is not None and "16" in refusal
+    refusal = target.check(target.adapt(row("activation", "int12")))
+    assert refusal is not None and "12" in refusal
 
 
 @pytest.mark.parametrize("name", registry.names())

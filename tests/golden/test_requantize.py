@@ -13,11 +13,11 @@ from fewbit.errors import FormatError
 from fewbit.numerics.requantize import (
     RULES,
     f32_even,
+    f64_away,
     q16_constants,
     q16_single,
     q31_constants,
     q31_double,
-    q31_single,
 )
 
 LOW, HIGH = -(2**31), 2**31 - 1
@@ -44,11 +44,10 @@ def f32_even_by_definition(acc, scale, zero_point):
     return clamp(round(Fraction(float(product))) + zero_point)  # a Fraction rounds half to even
 
 
-def q31_single_by_definition(acc, scale, zero_point):
-    """The multiplier's own value times the accumulator, exactly, rounded once: half away from zero."""
-    multiplier, shift = (int(v) for v in q31_constants(float(scale)))
-    exact = Fraction(acc * multiplier) * Fraction(2) ** (shift - 31)
-    return clamp((1 if exact >= 0 else -1) * math.floor(abs(exact) + Fraction(1, 2)) + zero_point)
+def f64_away_by_definition(acc, scale, zero_point):
+    """Python's floats are float64; what they make of the product is then rounded exactly, half away from zero."""
+    product = Fraction(float(acc) * float(scale))
+    return clamp((1 if product >= 0 else -1) * math.floor(abs(product) + Fraction(1, 2)) + zero_point)
 
 
 # gemmlowp's fixedpoint.h, operation by operation.
@@ -115,6 +114,19 @@ def test_q31_double(acc, scale, zero_point):
 
 
 @settings(max_examples=400)
+@given(acc=accumulators, scale=st.floats(2.0**-40, 1.0), zero_point=st.integers(-128, 127))
+def test_f64_away(acc, scale, zero_point):
+    result = f64_away(torch.tensor([acc], dtype=torch.int32), scale, zero_point, *limits)
+    assert result.dtype == torch.int32
+    assert result.item() == f64_away_by_definition(acc, scale, zero_point)
+
+
+def test_f64_away_just_below_a_half():
+    below = 0.49999999999999994  # 0.5 more is 1.0 in float64
+    assert f64_away(torch.tensor([1, -1]), below, 0, -128, 127).tolist() == [0, 0]
+
+
+@settings(max_examples=400)
 @given(acc=accumulators, scale=scales, zero_point=st.integers(-128, 127))
 def test_q16_single(acc, scale, zero_point):
     assert run(q16_single, acc, scale, zero_point) == q16_single_by_definition(acc, scale, zero_point)
@@ -133,7 +145,7 @@ def test_every_output_near_every_tie(rule):
     definition = {
         "f32_even": f32_even_by_definition,
         "q31_double": q31_double_by_definition,
-        "q31_single": q31_single_by_definition,
+        "f64_away": f64_away_by_definition,
         "q16_single": q16_single_by_definition,
     }[rule]
     acc = torch.arange(-700, 700, dtype=torch.int32)
@@ -147,7 +159,7 @@ def test_ties_by_hand():
     acc, half = torch.tensor([-5, -3, -1, 1, 3, 5]), torch.tensor(0.5)
     assert f32_even(acc, half, 0, -128, 127).tolist() == [-2, -2, 0, 0, 2, 2]
     assert q31_double(acc, half, 0, -128, 127).tolist() == [-2, -1, 0, 1, 2, 3]
-    assert q31_single(acc, half, 0, -128, 127).tolist() == [-3, -2, -1, 1, 2, 3]
+    assert f64_away(acc, half, 0, -128, 127).tolist() == [-3, -2, -1, 1, 2, 3]
     assert q16_single(acc, half, 0, -128, 127).tolist() == [-2, -1, 0, 1, 2, 3]
     quarter = torch.tensor(0.25)  # now q31_double shifts right, and its second rounding decides
     acc = torch.tensor([-10, -6, -2, 2, 6, 10])

@@ -89,6 +89,26 @@ def test_linear(given: tuple[float, int], out: tuple[float, int], tmp_path: Path
     assert differing(single(step, [[1, 24]], [c], o), (values([512, 24], c, 2),), tmp_path) == (0, 512 * 12)
 
 
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_one_scale_for_all_weights(kind: str, tmp_path: Path) -> None:
+    """Decimal scales, whose products and quotients round: each combination puts its ties elsewhere."""
+    torch.manual_seed(0)
+    attrs = {"stride": [1, 1], "dilation": [1, 1], "groups": 1, "pad": [], "layout": "NHWC"}
+    shape = [1, 1, 1, 4] if kind == "conv" else [1, 4]
+    for given, weight, out in ((0.9, 0.1, 0.6), (0.7, 0.3, 1.4), (0.03, 0.07, 0.0042), (0.3, 0.06, 0.036)):
+        step = op(kind, **(attrs if kind == "conv" else {"shape": [None, 4]}))
+        step.constants = weights(1, 4, *([1, 1] if kind == "conv" else []))
+        step.constants |= {
+            "weight_scale": torch.tensor([weight]),
+            "bias": torch.tensor([2], dtype=torch.int32),
+        }
+        c = coding(given, 0)
+        x = (torch.randint(-9, 10, [4000, *shape[1:]]) * c.scale,)
+        step.constants["weight"] = torch.sign(step.constants["weight"])
+        program = single(step, [shape], [c], coding(out, 0))
+        assert differing(program, x, tmp_path) == (0, 4000)
+
+
 @pytest.mark.parametrize("kind", ["add", "mul"])
 @pytest.mark.parametrize(("first", "second"), CODINGS)
 def test_pairs(kind: str, first: tuple[float, int], second: tuple[float, int], tmp_path: Path) -> None:
@@ -146,8 +166,10 @@ def test_matmul(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.3])
-def test_leaky_relu(alpha: float, tmp_path: Path) -> None:
-    c, o = coding(0.047, -3), coding(0.03, -100)
+@pytest.mark.parametrize(("given", "out"), [(0.047, 0.03), (0.09, 0.03), (0.021, 0.014)])
+def test_leaky_relu(given: float, out: float, alpha: float, tmp_path: Path) -> None:
+    """Scales in a ratio of small numbers, such as 3: where a tie falls is decided by how the ratio is rounded."""
+    c, o = coding(given, -3), coding(out, -100)
     x = ((torch.arange(-128, 128) - c.zero_point).float() * c.scale).reshape(-1, 1)
     assert differing(single(op("leaky_relu", alpha=alpha), [[1, 1]], [c], o), (x,), tmp_path) == (0, 256)
 

@@ -1,7 +1,8 @@
 """Integer kernels under the rule ``q31_double``: LiteRT's reference kernels, operator by operator, bit for bit.
 
 Measured on ai-edge-litert 2.3.0 (``BUILTIN_REF``). Scales enter as products and quotients of their float32 values in
-float64, as the runtime's preparation does; everything after that is integer, but for the step from float.
+float64, as the runtime's preparation does; everything after that is integer, but for the step from float and the
+linear layer, which scales its sums in float64.
 """
 
 import dataclasses
@@ -10,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewbit.model import kernels_16x8
 from fewbit.model.fixed_point import hard_swish_codes, quantized_beta, softmax_codes
 from fewbit.model.kernels import KERNELS as COMMON
 from fewbit.model.kernels import Kernel, accumulate, exact_matmul, limits
 from fewbit.model.program import Coding, Op
-from fewbit.numerics.requantize import q31_constants, q31_double, q31_single, scale_q31
+from fewbit.numerics.requantize import f64_away, q31_constants, q31_double, scale_q31
 
 _ADD_SHIFT = 20  # both operands of a sum are scaled up by this before they are brought to a common scale
 
@@ -24,15 +26,13 @@ def _f64(scale: float) -> np.float64:
 
 
 def _weighted(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
+    if kernels_16x8.wide(codings[0]):
+        return kernels_16x8.weighted(op, xs, codings, out)
     acc = accumulate(op, xs[0], codings[0])
-    weight_scale = op.constants["weight_scale"].to(torch.float32)
-    if weight_scale.numel() == 1:  # one scale for all: the runtime rounds the product to float32
-        product = (torch.tensor(codings[0].scale, dtype=torch.float32) * weight_scale).double()
-    else:
-        product = float(_f64(codings[0].scale)) * weight_scale.double()
-    scale = product / float(_f64(out.scale))
+    scale = float(_f64(codings[0].scale)) * op.constants["weight_scale"].to(torch.float32).double()
+    scale = scale / float(_f64(out.scale))
     if op.kind == "linear":
-        return q31_single(acc, scale, out.zero_point, *limits(op, out))
+        return f64_away(acc, scale, out.zero_point, *limits(op, out))
     if scale.numel() > 1:
         scale = scale.reshape(-1, *[1] * (acc.dim() - 2))
     return q31_double(acc, scale, out.zero_point, *limits(op, out))
@@ -44,6 +44,8 @@ def _product(codings: list[Coding]) -> np.float32:
 
 
 def _matmul(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
+    if kernels_16x8.wide(codings[0]):
+        return kernels_16x8.matmul(op, xs, codings, out)
     acc = exact_matmul(xs, codings)
     scale = float(np.float64(_product(codings)) / _f64(out.scale))
     return q31_double(acc, scale, out.zero_point, *limits(op, out))
@@ -56,12 +58,13 @@ def _mul(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor
 
 
 def _add(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
+    shift = kernels_16x8.ADD_SHIFT if kernels_16x8.wide(out) else _ADD_SHIFT
     twice = 2 * max(_f64(c.scale) for c in codings)
     scaled = []
     for x, coding in zip(xs, codings, strict=True):
-        centred = (x.to(torch.int64) - coding.zero_point) << _ADD_SHIFT
+        centred = (x.to(torch.int64) - coding.zero_point) << shift
         scaled.append(scale_q31(centred, *q31_constants(float(_f64(coding.scale) / twice))))
-    back = float(twice / ((1 << _ADD_SHIFT) * _f64(out.scale)))
+    back = float(twice / ((1 << shift) * _f64(out.scale)))
     return q31_double(scaled[0] + scaled[1], back, out.zero_point, *limits(op, out))
 
 
@@ -72,9 +75,9 @@ def _requantize(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) ->
 
 def _leaky_relu(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
     x = xs[0].to(torch.int64) - codings[0].zero_point
-    scale = _f64(codings[0].scale) / _f64(out.scale)
-    negative = float(_f64(codings[0].scale) * _f64(op.attrs["alpha"]) / _f64(out.scale))
-    above, below = (q31_double(x, s, out.zero_point, *limits(op, out)) for s in (float(scale), negative))
+    given, alpha, wanted = (np.float32(v) for v in (codings[0].scale, op.attrs["alpha"], out.scale))
+    scales = float(given / wanted), float(given * alpha / wanted)  # here all in float32
+    above, below = (q31_double(x, s, out.zero_point, *limits(op, out)) for s in scales)
     return torch.where(x >= 0, above, below)
 
 
@@ -111,6 +114,8 @@ def _global_avg_pool(op: Op, xs: list[Tensor], codings: list[Coding], out: Codin
 
 def _softmax(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
     """In fixed point, over the last axis; the output is in 256ths."""
+    if kernels_16x8.wide(codings[0]):
+        return kernels_16x8.softmax(op, xs, codings, out)
     codes = softmax_codes(xs[0].numpy().astype(np.int64), *quantized_beta(codings[0].scale)) + out.zero_point
     return torch.from_numpy(np.clip(codes, *limits(op, out)).astype(np.int32))
 

@@ -1,7 +1,7 @@
 """Lowers a quantized model to its integer program: weights become codes, clamps join producers, floats stay float.
 
 What is lowered as integer was decided when the model was quantized (``QuantizedModel.integer``); here it is only
-translated, and every accumulator is proven to fit 32 bits.
+translated, and every accumulator is proven to fit 32 bits (48 where activations have 16).
 """
 
 import operator as python_operator
@@ -18,6 +18,7 @@ from fewbit.model.codings import clamp_codes, coding_of, constant_coding, functi
 from fewbit.model.graph import constant_of, module_of
 from fewbit.model.integer_forms import IntegerForm, integer_form, shape
 from fewbit.model.kernels import quantize
+from fewbit.model.kernels_16x8 import LARGEST_SUM, wide
 from fewbit.model.operators import operator
 from fewbit.model.program import Coding, Op, Program, encode_args
 from fewbit.model.simulate import DynamicFakeQuantize, FakeQuantize, QuantizedModel
@@ -31,7 +32,7 @@ _SYMBOLIC = {getattr(python_operator, n): n for n in ("add", "sub", "mul", "floo
 
 
 def lower(model: QuantizedModel) -> Program:
-    """The integer program of a quantized model. Raises ``PlanError`` where an accumulator could leave 32 bits."""
+    """The integer program of a quantized model. Raises ``PlanError`` where an accumulator could leave its bits."""
     return _Lowering(model).program()
 
 
@@ -202,7 +203,7 @@ class _Lowering:
         return name
 
     def _weights(self, node: Node, x: Coding) -> dict[str, Tensor]:
-        """Codes, scales and the int32 bias of a layer, with the proof that its accumulators fit."""
+        """Codes, scales and the bias of a layer (int64 for activations of 16 bits), and the proof that its sums fit."""
         layer = str(node.target)
         q = self.model.qtensors[f"{layer}.weight"]
         if not q.scheme.spec.integer or int(q.zero_point.abs().max()) != 0 or q.scheme.granularity == "group":
@@ -211,23 +212,24 @@ class _Lowering:
             )
         scale = q.scale if q.scale.numel() > 1 else q.scale.expand(q.shape[0])
         constants = {"weight": q.codes, "weight_scale": scale.clone()}
+        bits, most, integer = (48, LARGEST_SUM, torch.int64) if wide(x) else (32, _INT32, torch.int32)
         widest = max(abs(x.scheme.qmin - x.zero_point), abs(x.scheme.qmax - x.zero_point))
         reach = q.codes.to(torch.int64).abs().flatten(1).sum(1) * int(widest)
         bias = getattr(self.gm.get_submodule(layer), "bias", None)
         if bias is not None:
             unit = (torch.tensor(x.scale, dtype=torch.float32) * scale).double()
             codes = torch.round(bias.detach().double() / unit)
-            limit = (_INT32 - reach).double()
+            limit = (most - reach).double()
             if bool((codes.abs() > limit).any()):
                 worst = int((codes.abs() - limit).argmax())
                 raise PlanError(
-                    f"{layer}: bias of channel {worst} is {bias[worst].item():.4g}, over 32 bits at weight scale "
+                    f"{layer}: bias of channel {worst} is {bias[worst].item():.4g}, over {bits} bits at weight scale "
                     f"{scale[worst].item():.3g}: its weights are nearly zero; prune the channel or keep the layer float"
                 )
-            constants["bias"] = codes.to(torch.int32)
-        if int(reach.max()) > _INT32:
+            constants["bias"] = codes.to(integer)
+        if int(reach.max()) > most:
             raise PlanError(
-                f"{layer}: the sum of products can reach {int(reach.max())}, over 32 bits: use fewer bits"
+                f"{layer}: the sum of products can reach {int(reach.max())}, over {bits} bits: use fewer bits"
             )
         return constants
 

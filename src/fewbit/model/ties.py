@@ -24,7 +24,9 @@ def separate_ties(model: QuantizedModel) -> None:
     """Move output scales of tables in ``model`` (in place) until every entry is at least ``MARGIN`` from a tie."""
     for _ in range(_TRIES):
         program = lower(model)
-        near = [op for op in program.ops if op.kind == "table" and near_tie(op, program.codings)]
+        near = [
+            op for op in program.ops if op.kind == "table" and _short(op) and near_tie(op, program.codings)
+        ]
         if not near:
             return
         for op in near:
@@ -37,6 +39,11 @@ def _quantizer(model: QuantizedModel, op: Op) -> FakeQuantize:
     quantizer = model.quantizer(op.output)
     assert quantizer is not None
     return quantizer
+
+
+def _short(op: Op) -> bool:
+    """Whether a table is of 8-bit codes: among the 65,536 entries of 16 bits some always lie near a tie."""
+    return len(op.constants["table"]) <= 256
 
 
 def near_tie(op: Op, codings: dict[str, Coding]) -> bool:

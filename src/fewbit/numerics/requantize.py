@@ -72,13 +72,13 @@ def scale_q31(acc: Tensor, multiplier: Tensor | int, shift: Tensor | int) -> Ten
     return (high >> right) + ((high & mask) > threshold)
 
 
-def q31_single(acc: Tensor, scale: Tensor | float, zero_point: Tensor | int, qmin: int, qmax: int) -> Tensor:
-    """int32 multiplier and shift, rounded once, half away from zero: LiteRT's fully connected reference kernel."""
-    multiplier, shift = (c.to(acc.device) for c in q31_constants(scale))
-    places = (31 - shift).clamp(max=62)
-    half = torch.ones_like(places) << (places - 1)
-    magnitude = (acc.to(torch.int64).abs() * multiplier + half) >> places
-    return (torch.sign(acc) * magnitude + zero_point).clamp(qmin, qmax).to(torch.int32)
+def f64_away(acc: Tensor, scale: Tensor | float, zero_point: Tensor | int, qmin: int, qmax: int) -> Tensor:
+    """acc * scale in float64, rounded half away from zero: LiteRT's fully connected reference kernel."""
+    product = acc.to(torch.float64) * torch.as_tensor(scale, dtype=torch.float64, device=acc.device)
+    magnitude = product.abs()
+    whole = torch.trunc(magnitude)  # adding a half before cutting would itself round
+    rounded = torch.sign(product) * (whole + (magnitude - whole >= 0.5))
+    return (rounded + zero_point).clamp(qmin, qmax).to(torch.int32)
 
 
 def q16_constants(scale: Tensor | float, shift: int | None = None) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ def _split(scale: Tensor | float, limit: int) -> tuple[Tensor, Tensor]:
 RULES: dict[str, Callable[..., Tensor]] = {
     "f32_even": f32_even,
     "q31_double": q31_double,
-    "q31_single": q31_single,
+    "f64_away": f64_away,
     "q16_single": q16_single,
 }
 """The rules by name, as a target declares them."""

@@ -1,5 +1,6 @@
 """LiteRT (TensorFlow Lite): ``.tflite`` files with channels last, run by ai-edge-litert.
 
+Activations have 8 bits, or 16 ("16x8" with 8-bit weights); then functions such as softmax or sigmoid run in float.
 The gate runs a file twice: with the reference kernels, whose every code must be what the program says (an int32
 multiplier and shift, ``q31_double``), and with the kernels that LiteRT chooses itself (XNNPACK, which requantizes in
 float32), whose differences are counted, layer by layer and at the outputs.
@@ -23,16 +24,21 @@ from fewbit.targets._litert.writer import Writer
 SUFFIX = ".tflite"
 REQUANTIZATION = "q31_double"
 TOLERANCE = 0
-IO = ("float32", "int8", "uint8")
+IO = ("float32", "int8", "uint8", "int16")
 describe = read_back
 open = open_file
 
 
 def adapt(row: Row) -> Row:
-    """Activations become affine int8: what LiteRT's kernels take."""
+    """Activations become affine int8, or symmetric int16: what LiteRT's kernels take."""
     scheme = row.scheme
-    if scheme is None or row.kind == "weight" or scheme.dynamic or scheme.format != "uint8":
+    if scheme is None or row.kind == "weight" or scheme.dynamic or scheme.format not in ("uint8", "int16"):
         return row
+    if scheme.format == "int16":
+        centred = dataclasses.replace(scheme, symmetric=True, narrow=False)
+        return dataclasses.replace(
+            row, scheme=centred, because=f"{row.because}; symmetric, as LiteRT wants it"
+        )
     signed = dataclasses.replace(scheme, format="int8", narrow=False)
     return dataclasses.replace(row, scheme=signed, because=f"{row.because}; signed, as LiteRT wants it")
 
@@ -42,8 +48,13 @@ def check(row: Row) -> str | None:
     scheme = row.scheme
     if scheme is None:
         return None
-    if row.kind != "weight" and (not scheme.spec.integer or scheme.spec.bits > 8):
-        return f"{scheme.format} activations have no integer kernel here; use 8 bits or fewer, or keep the layer float"
+    if row.kind != "weight" and (
+        not scheme.spec.integer or (scheme.spec.bits > 8 and scheme.format != "int16")
+    ):
+        return (
+            f"{scheme.format} activations have no integer kernel here; use int16, 8 bits or fewer, or keep the layer "
+            "float"
+        )
     return None
 
 

@@ -11,6 +11,13 @@ _TYPES = {
     "float32": "FLOAT32", "float16": "FLOAT16", "int8": "INT8", "uint8": "UINT8", "int16": "INT16",
     "int32": "INT32", "int64": "INT64", "bool": "BOOL",
 }  # fmt: skip
+# Versions in which operators take 16-bit codes, where those are above what 8 bits need.
+_WIDE_VERSIONS = {
+    "QUANTIZE": 3, "DEQUANTIZE": 3, "CONV_2D": 5, "DEPTHWISE_CONV_2D": 5, "ADD": 4, "MUL": 5, "BATCH_MATMUL": 3,
+    "AVERAGE_POOL_2D": 3, "MAX_POOL_2D": 3, "CONCATENATION": 3, "PAD": 3, "PADV2": 3, "TRANSPOSE": 4,
+    "STRIDED_SLICE": 4, "RESIZE_NEAREST_NEIGHBOR": 4, "MAXIMUM": 4, "MINIMUM": 4, "RELU": 3, "RELU6": 3,
+    "MEAN": 2, "FULLY_CONNECTED": 12,
+}  # fmt: skip
 Shape = tuple[int | None, ...]
 
 
@@ -59,6 +66,9 @@ class Builder:
     ) -> None:  # fmt: skip
         """An operator; ``options``: the name of its options table and its fields. ``""`` is an input left out."""
         op = self.s.OperatorT()
+        kinds = {self.graph.tensors[self.index[name]].type for name in (*inputs, *outputs) if name}
+        if self.s.TensorType.INT16 in kinds:
+            version = max(version, _WIDE_VERSIONS.get(name, 1))
         op.opcodeIndex = self.code(name, version)
         op.inputs = [self.index[i] if i else -1 for i in inputs]
         op.outputs = [self.index[o] for o in outputs]

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 
 from fewbit.model.codings import clamp_codes, function_values, quantize_table
+from fewbit.model.kernels_16x8 import wide
 from fewbit.model.program import Coding, Op, Program
 from fewbit.model.ties import near_tie
 from fewbit.numerics.scheme import Scheme
+from fewbit.targets._litert.wide import check_width
 
 ACTIVATIONS = {"RELU": (0.0, float("inf")), "RELU6": (0.0, 6.0), "RELU_N1_TO_1": (-1.0, 1.0)}
 _FUSING = ("conv", "linear", "add", "mul")  # kinds whose operation can clamp its own output
@@ -23,6 +25,7 @@ NATIVE = {
     "aten.rsqrt.default": "RSQRT",
     "aten.log.default": "LOG",
 }
+_FLOAT_SOFTMAX: dict[str, Any] = {"target": "aten.softmax.int", "args": [{"$": 0}, -1], "kwargs": {}}
 _INT8 = Scheme("int8", symmetric=False)
 SOFTMAX = Coding(_INT8, 1 / 256, -128)
 _FIXED = {
@@ -36,8 +39,11 @@ def legalize(program: Program) -> Program:
     ops: list[Op] = []
     codings = {name: _contained(coding) for name, coding in program.codings.items()}
     for op in program.ops:
+        check_width(op, codings)
         narrow = _narrow(op, program.codings, codings)
-        if op.kind == "table":
+        if op.kind == "softmax" and op.domain == "integer" and wide(codings[op.output]):
+            ops += _island(op, _FLOAT_SOFTMAX, codings, [])
+        elif op.kind == "table":
             ops += _function(op, codings, narrow)
         elif op.kind == "softmax" and op.domain == "integer" and codings[op.output] != SOFTMAX:
             ops += _softmax(op, codings, narrow)
@@ -51,8 +57,9 @@ def legalize(program: Program) -> Program:
 
 
 def _contained(coding: Coding) -> Coding:
-    """Codes of fewer than 8 bits in int8: the runtime knows no other."""
-    return coding if coding.scheme.format == "int8" else Coding(_INT8, coding.scale, coding.zero_point)
+    """Codes of fewer than 8 bits in int8: the runtime knows no other below 16."""
+    kept = coding.scheme.format in ("int8", "int16")
+    return coding if kept else Coding(_INT8, coding.scale, coding.zero_point)
 
 
 def _narrow(op: Op, planned: dict[str, Coding], contained: dict[str, Coding]) -> list[int]:
@@ -97,11 +104,11 @@ def _function(op: Op, codings: dict[str, Coding], clamp: list[int]) -> list[Op]:
     """A function of one code: a kernel with a table, the leaky ReLU, or float between two steps."""
     function = op.attrs["function"]
     target = str(function["target"])
-    if clamp or len(op.constants["table"]) != 256:
-        return _island(op, function, codings, clamp)
-    if target == "aten.leaky_relu.default":
+    if target == "aten.leaky_relu.default" and not clamp:
         alpha = function["args"][1] if len(function["args"]) > 1 else 0.01
         return [dataclasses.replace(op, kind="leaky_relu", attrs={"alpha": alpha}, constants={})]
+    if clamp or len(op.constants["table"]) != 256:
+        return _island(op, function, codings, clamp)
     if target == "aten.hardswish.default":
         return [dataclasses.replace(op, kind="hard_swish", attrs={}, constants={})]
     fixed = _FIXED.get(target)
@@ -118,10 +125,15 @@ def _function(op: Op, codings: dict[str, Coding], clamp: list[int]) -> list[Op]:
 
 
 def _island(op: Op, function: dict[str, Any], codings: dict[str, Coding], clamp: list[int]) -> list[Op]:
-    """Dequantize, the function in float, quantize: exact, as no entry of the table lies near a tie."""
+    """Dequantize, the function in float, quantize.
+
+    Exact for 8 bits, as no entry of the table lies near a tie; with 16 bits there are too many entries for that.
+    """
     floats, result = f"{op.output}_in", f"{op.output}_real"
     attrs = {"target": function["target"], "args": function["args"], "kwargs": function["kwargs"]}
     note = "LiteRT has no int8 kernel for this function; exact all the same"
+    if wide(codings[op.output]):
+        note = "in float, which is more precise than LiteRT's tables for 16 bits; may differ by a unit"
     return [
         Op("dequantize", "boundary", op.layer, f"{op.node}_in", op.inputs, floats),
         Op(attrs["target"], "float", op.layer, f"{op.node}_real", [floats], result, attrs, note=note),
@@ -134,6 +146,7 @@ def _island(op: Op, function: dict[str, Any], codings: dict[str, Coding], clamp:
 def bound_codes(coding: Coding, clamp: list[int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The lower and upper code of a clamp as tensors of one number; None where the format ends there anyway."""
     lo, hi = clamp
-    low = torch.tensor([lo], dtype=torch.int8) if lo > coding.scheme.qmin else None
-    high = torch.tensor([hi], dtype=torch.int8) if hi < coding.scheme.qmax else None
+    dtype = coding.scheme.spec.code_dtype
+    low = torch.tensor([lo], dtype=dtype) if lo > coding.scheme.qmin else None
+    high = torch.tensor([hi], dtype=dtype) if hi < coding.scheme.qmax else None
     return low, high

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fewbit.errors import TargetError
+from fewbit.model.kernels_16x8 import wide
 from fewbit.model.program import Op
 from fewbit.targets._litert.codes import NATIVE, activation, bound_codes
 from fewbit.targets._litert.floats_layers import LAYERS
@@ -75,6 +76,12 @@ def simple(name: str, table: str | None = None, version: int = 2, **options: Any
     return write
 
 
+def _add(w: Writer, op: Op) -> None:
+    """16-bit codes have a kernel for scales that are powers of two, which files get that do not refuse it."""
+    general = {"potScaleInt16": False} if wide(w.program.codings[op.output]) else {}
+    simple("ADD", "AddOptions", fuses=True, **general)(w, op)
+
+
 def _avg_pool(w: Writer, op: Op) -> None:
     _pool(w, op, "AVERAGE_POOL_2D", op.attrs["kernel"], op.attrs["stride"])
 
@@ -118,7 +125,7 @@ def _clip(w: Writer, op: Op) -> None:
     """A ReLU where the clamp is one, else a maximum and a minimum with constant codes."""
     coding = w.program.codings[op.output]
     name = activation(op.attrs["clamp"], coding)
-    if name is not None and name != "NONE":
+    if name in ("RELU", "RELU6") or (name == "RELU_N1_TO_1" and not wide(coding)):
         w.b.operator(name, op.inputs, [w.tensor(op.output)], None, 2)
         return
     steps = [
@@ -136,7 +143,8 @@ def _clip(w: Writer, op: Op) -> None:
         )
         last = i == len(steps) - 1
         shape = w.shapes[op.output]
-        output = w.tensor(op.output) if last else w.temporary(f"{op.output}/above", shape, "int8", coding)
+        dtype = str(array(bound).dtype)
+        output = w.tensor(op.output) if last else w.temporary(f"{op.output}/above", shape, dtype, coding)
         w.b.operator(kind, [source, constant], [output], ("MaximumMinimumOptions", {}), 2)
         source = output
 
@@ -158,7 +166,7 @@ def _pad(w: Writer, op: Op) -> None:
     else:
         number = w.b.constant(
             f"{op.output}/value",
-            np.asarray([value], np.int8),
+            np.asarray([value], np.int16 if wide(coding) else np.int8),
             scales=[coding.scale],
             zero_points=[coding.zero_point],
         )
@@ -239,7 +247,7 @@ OPERATORS: dict[str, Write] = {
     "conv": _conv,
     "linear": _linear,
     "matmul": simple("BATCH_MATMUL", "BatchMatMulOptions", 2, adjX=False, adjY=False),
-    "add": simple("ADD", "AddOptions", fuses=True),
+    "add": _add,
     "mul": simple("MUL", "MulOptions", fuses=True),
     "avg_pool": _avg_pool,
     "global_avg_pool": _mean,

@@ -63,10 +63,11 @@ class Reading:
     def _reader(self, op: Operator) -> Callable[["Reading", Operator], None] | None:
         """By what an operator computes: codes, or floats of floats."""
         from fewbit.targets._litert.reader_layers import READERS_LAYERS
-        from fewbit.targets._litert.reading import BOTH, READERS
+        from fewbit.targets._litert.reading import BOTH, INEXACT_WIDE, READERS
 
         if self.coded(op):
-            return READERS.get(op.name)
+            inexact = op.name in INEXACT_WIDE and self.tensor(op.outputs[0]).kind == "INT16"
+            return None if inexact else READERS.get(op.name)
         mixed = any(self.tensor(i).name in self.codings for i in op.inputs if i >= 0)
         if mixed and op.name not in BOTH:
             return None
@@ -129,7 +130,8 @@ class Reading:
             return None
         scheme = Scheme(_CODES[tensor.kind], symmetric=False)
         zero_point = int(tensor.zero_points[0])
-        if not scheme.qmin <= zero_point <= scheme.qmax:
+        wide = tensor.kind == "INT16" and zero_point != 0  # which the runtime refuses
+        if wide or not scheme.qmin <= zero_point <= scheme.qmax:
             raise ArtifactError(
                 f"{self.path}: tensor {tensor.name!r} has the zero point {zero_point}: damaged"
             )

@@ -55,7 +55,10 @@ def _weights(r: Reading, op: Operator, axes: tuple[int, ...]) -> dict[str, torch
         "weight_scale": scale.expand(data.shape[0]).clone() if len(scale) == 1 else scale,
     }
     if len(op.inputs) > 2 and op.inputs[2] >= 0:
-        constants["bias"] = torch.from_numpy(r.data(op.inputs[2], "its bias").copy()).to(torch.int32)
+        constants["bias"] = torch.from_numpy(r.data(op.inputs[2], "its bias").copy())
+        expected = torch.int64 if r.tensor(op.inputs[0]).kind == "INT16" else torch.int32
+        if constants["bias"].dtype != expected:
+            raise r.fail(op, f"a bias of {r.tensor(op.inputs[2]).kind} beside such codes cannot be read")
     return constants
 
 
@@ -124,6 +127,8 @@ def move(r: Reading, op: Operator, target: str, args: list[Any]) -> None:
 
 def _binary(kind: str) -> Read:
     def read(r: Reading, op: Operator) -> None:
+        if r.tensor(op.outputs[0]).kind == "INT16" and op.options.get("potScaleInt16"):
+            raise r.fail(op, "a sum of 16-bit codes whose scales are powers of two cannot be read")
         r.add(op, kind, "integer", [r.value(i) for i in op.inputs], clamp(r, op))
 
     return read
@@ -325,4 +330,6 @@ BOTH: dict[str, Read] = {
 }
 
 
+# Kernels that answer 16-bit codes from tables of their own, which fewbit does not reproduce.
+INEXACT_WIDE = frozenset({*NATIVE.values(), "SOFTMAX"})
 READERS: dict[str, Read] = INTEGER_READERS | BOTH

@@ -125,7 +125,11 @@ def _given(x: Tensor, detail: dict[str, Any]) -> np.ndarray:
     scale, zero_point = detail["quantization"]
     if np.issubdtype(dtype, np.integer) and scale and np.issubdtype(value.dtype, np.floating):
         limits = np.iinfo(dtype)
-        value = np.clip(np.rint(value / np.float32(scale)) + zero_point, limits.min, limits.max)
+        quotient = (value / np.float32(scale)).astype(np.float64)
+        rounded = np.sign(quotient) * np.floor(
+            np.abs(quotient) + 0.5
+        )  # halves away from zero, as QUANTIZE has it
+        value = np.clip(rounded + zero_point, limits.min, limits.max)
     return np.ascontiguousarray(value.astype(dtype))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from fewbit.errors import TargetError
+from fewbit.model.kernels_16x8 import wide
 from fewbit.model.program import Coding, Op, Program
 from fewbit.targets._litert.builder import Builder, Shape
 from fewbit.targets._litert.fusion import fused_clamps
@@ -51,8 +52,8 @@ class Writer:
             raise TargetError(
                 f"input {name!r} is also read as floats: it cannot be handed over as {self.program.io}"
             )
-        codes = readers[0].output
-        if self.program.io == "int8":
+        codes = self._handed_over(readers[0].output)
+        if self.program.io != "uint8":
             return self.tensor(codes)
         outside = self.temporary(
             f"{codes}/uint8", self.shapes[codes], "uint8", _unsigned(self.program.codings[codes])
@@ -72,8 +73,15 @@ class Writer:
             found[name] = by_output[name].inputs[0]
         return found
 
+    def _handed_over(self, codes: str) -> str:
+        """The codes, where the file computes such as are asked for."""
+        found = self.program.codings[codes].scheme.format
+        if found != ("int16" if self.program.io == "int16" else "int8"):
+            raise TargetError(f"{codes!r} has {found} codes: it cannot be handed over as {self.program.io}")
+        return codes
+
     def _output(self, codes: str) -> str:
-        if self.program.io == "int8":
+        if self._handed_over(codes) and self.program.io != "uint8":
             return codes
         outside = self.temporary(
             f"{codes}/uint8", self.shapes[codes], "uint8", _unsigned(self.program.codings[codes])
@@ -103,11 +111,14 @@ class Writer:
         return self.b.constant(f"{op.output}/{role}", np.asarray(values, np.int32))
 
     def bias(self, op: Op, x: Coding) -> list[str]:
-        """The int32 bias of a layer, with the scales that the runtime's delegates want to see; zeros for none."""
+        """The bias of a layer, with the scales that the runtime's delegates want to see; zeros for none.
+
+        It has 32 bits, or 64 where the codes ``x`` have 16.
+        """
         scales = np.float32(x.scale) * _scales(op)
         channels = op.constants["weight"].shape[0]
         given = op.constants.get("bias")
-        value = np.zeros(channels, np.int32) if given is None else array(given)
+        value = np.zeros(channels, np.int64 if wide(x) else np.int32) if given is None else array(given)
         zeros = np.zeros(len(scales), np.int64)
         return [self.b.constant(f"{op.output}/bias", value, scales=scales, zero_points=zeros)]
 
