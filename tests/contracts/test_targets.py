@@ -13,7 +13,8 @@ from fewbit.plan import Row
 from fewbit.targets import get_target, registry
 
 FUNCTIONS = (
-    "runtime", "adapt", "check", "portable_bounds", "prepare", "write", "open", "open_exact", "describe", "probe", "coverage",
+    "runtime", "adapt", "check", "portable_bounds", "prepare", "write", "open", "open_exact", "describe", "probe",
+    "coverage",
 )  # fmt: skip
 RULES = ("f32_even", "q31_double", "q16_single")
 
