@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 pytest.importorskip("ai_edge_litert")
 
-from litert_floats import Function, One, check, kinds
+from litert_floats import Function, One, answers, check, file, kinds, lowered
+
+from fewbit.targets._litert.prepare import prepare
 
 
 def _x(*sizes: int) -> Tensor:
@@ -154,12 +156,67 @@ POOLS: dict[str, tuple[Tensor, list[Function]]] = {
 }
 
 
+class Behind(nn.Module):
+    """Functions of an image that a convolution made, which lies with its channels last."""
+
+    def __init__(self, functions: list[Function]) -> None:
+        super().__init__()
+        self.conv, self.functions = nn.Conv2d(3, 4, 2), functions
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y = self.conv(x)
+        return [f(y) for f in self.functions]
+
+
+def test_axes_follow_the_order_of_storage() -> None:
+    functions: list[Function] = [
+        lambda x: torch.cat([x, x * 2], 1),
+        lambda x: torch.cat([x, x[:, :, :1]], 2),
+        lambda x: torch.stack([x, x + 1], 1),
+        lambda x: x.flip(1),
+        lambda x: x.roll(1, 2),
+        lambda x: x.cumsum(2),
+        lambda x: x.softmax(1),
+        lambda x: x.log_softmax(3),
+        lambda x: x.transpose(1, 2).softmax(-1),
+        lambda x: x.argmax(1),
+        lambda x: x.topk(2, 1)[0],
+        lambda x: x.mean(1),
+        lambda x: x.amax((1, 3)),
+        lambda x: x.prod(2),
+        lambda x: F.glu(x, 1),
+        lambda x: F.pad(x, (1, 2, 0, 1, 1, 0), value=2.0),
+        lambda x: F.pad(x, (1, 2, 0, 1), "reflect"),
+        lambda x: x.index_select(1, torch.tensor([3, 0])),
+        lambda x: x[:, 1:3, ::2],
+        lambda x: x[:, :, 2],
+        lambda x: x.repeat(1, 2, 1, 3),
+        lambda x: x @ x.mT,
+        lambda x: x.mT @ x,
+        lambda x: x.unsqueeze(2) * torch.arange(5.0),
+        lambda x: x + torch.arange(4.0)[:, None, None],
+        lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
+    ]
+    check(Behind(functions), _x(2, 3, 7, 6))
+
+
 def test_what_cannot_follow_the_batch_is_written_for_one_sample() -> None:
     model = One(
         [lambda x: torch.zeros(x.shape[0], 2) + 1, lambda x: x.new_zeros(x.shape[0], 3) + x[:, 0, :3]]
     )
     program, _ = check(model, _x(3, 4, 6))
     assert program.input_shapes == [(1, 4, 6)]
+
+
+def test_a_number_that_is_the_batch_size_fixes_it() -> None:
+    model, x = One([lambda x: x * x.shape[0]]), _x(3, 4, 6)
+    program = prepare(lowered(model, x))
+    assert program.input_shapes == [(1, 4, 6)]
+    assert torch.equal(answers(file(program), x[:1])[0], x[:1])
+
+
+def test_steps_of_torch_that_hold_the_batch_size_fix_it() -> None:
+    check(One([lambda x: F.unfold(x, 2, padding=1)]), _x(3, 2, 4, 5))
 
 
 @pytest.mark.parametrize("name", POOLS)
