@@ -66,15 +66,16 @@ def write(program: Program, path: Path, metadata: dict[str, str]) -> None:
 
     def methods(constants: list[Tensor | bytes], independent: bool) -> dict[str, str]:
         facts = {"metadata": metadata, "independent": independent}
-        return {pte.METHOD: pte.described(program, pte.by_hash(constants), facts)}
+        return pte.methods(pte.described(program, pte.by_hash(constants), facts))
 
-    path.write_bytes(lowered(program, fixed_sizes(program, program.input_shapes), methods))
+    path.write_bytes(pte.sealed(lowered(program, fixed_sizes(program, program.input_shapes), methods)))
 
 
 def open(path: Path) -> Runner:
     """The file ready to run on one thread, which is then the number of threads of ExecuTorch in this process."""
     data = _bytes(path)
-    return Session(path, data, pte.read(path, data))
+    verified(path, data)
+    return Session(path, data, pte.read(path, data).independent)
 
 
 open_exact = open
@@ -98,7 +99,7 @@ def probe(path: Path, inputs: tuple[Tensor, ...], codes: dict[str, str]) -> dict
     names = [name for name in visible(program) if name in codes]
     shapes: list[tuple[int | None, ...]] = [tuple(x.shape) for x in inputs]
     data = lowered(program, shapes, lambda constants, independent: {}, names)
-    values = Session(path, data, pte.Content())(*inputs)[len(program.output_names()) :]
+    values = Session(path, data)(*inputs)[len(program.output_names()) :]
     return {name: value.to(torch.int32) for name, value in zip(names, values, strict=True)}
 
 
@@ -126,10 +127,14 @@ def _is_volume(op: Op) -> bool:
 
 
 def _bytes(path: Path) -> bytes:
+    """The file's content, as it was written."""
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not pte.sound(data):
+        raise ArtifactError(f"{path}: damaged: its checksum is another one; copy or export it again")
+    return data
 
 
 __all__ = [

@@ -100,14 +100,18 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def mute() -> Iterator[None]:
-    """Nothing on standard error either: C++ libraries write there when they start."""
+    """Nothing on standard output and standard error either: C++ libraries and programs write there."""
+    sys.stdout.flush()
     sys.stderr.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
+    kept = [os.dup(stream) for stream in (1, 2)]
+    nothing = os.open(os.devnull, os.O_WRONLY)
     try:
+        for stream in (1, 2):
+            os.dup2(nothing, stream)
         with quiet():
             yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        for stream, before in zip((1, 2), kept, strict=True):
+            os.dup2(before, stream)
+            os.close(before)
         os.close(nothing)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
@@ -19,14 +20,40 @@ from torch import Tensor
 from fewbit.errors import ArtifactError
 from fewbit.model.codings import function_values, quantize_table
 from fewbit.model.program import Program
+from fewbit.targets._pt2e.export import mute
 from fewbit.targets._pt2e.xnnpack import package
 
 METHOD = "fewbit"  # a method of the file that returns what fewbit has to say about it
+_CHECKSUM = (
+    "fewbit_checksum"  # and one that returns the hash of all the rest, for a runtime that trusts its files
+)
+_MARK = b"sha256 of this file with zeros here: "
+_ZEROS = b"0" * 64
 _INFINITE = re.compile(r"(: -?)inf\b")
 _LARGEST_DESCRIPTION = 64 * 2**20
 _MANY = 2**14  # numbers: more are not stored twice
 _DTYPES = {str(d): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16,
                                torch.int32, torch.int64, torch.bool)}  # fmt: skip
+
+
+def methods(text: str) -> dict[str, str]:
+    """What the file's methods beside the model return, before it is sealed."""
+    return {METHOD: text, _CHECKSUM: (_MARK + _ZEROS).decode()}
+
+
+def sealed(data: bytes) -> bytes:
+    """The file with its checksum filled in: XNNPACK ends the process where its part is damaged."""
+    begin = data.index(_MARK + _ZEROS) + len(_MARK)
+    return data[:begin] + _hash(data).encode() + data[begin + len(_ZEROS) :]
+
+
+def sound(data: bytes) -> bool:
+    """Whether the file is as it was written; another tool's file has no checksum."""
+    begin = data.find(_MARK) + len(_MARK)
+    if begin < len(_MARK):
+        return True
+    end = begin + len(_ZEROS)
+    return data[begin:end] == _hash(data[:begin] + _ZEROS + data[end:]).encode()
 
 
 @dataclass
@@ -65,7 +92,8 @@ def graphs(path: Path, data: bytes) -> list[dict[str, Any]]:
     """XNNPACK's graphs as plain data."""
     try:
         return [_graph(bytes(d.data)) for d in _file(data).program.backend_delegate_data]
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError, struct.error) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError, struct.error,
+            SubprocessError) as error:  # fmt: skip
         raise ArtifactError(
             f"{path}: XNNPACK's part is damaged ({type(error).__name__}: {error!s:.200})"
         ) from error
@@ -92,7 +120,8 @@ def _graph(data: bytes) -> dict[str, Any]:
         (folder / "graph.bin").write_bytes(data[begin:])
         (folder / "schema.fbs").write_bytes(schema)
         decompile = package("exir._serialize._flatbuffer")._flatc_decompile
-        decompile(name, str(folder / "schema.fbs"), str(folder / "graph.bin"), ["--raw-binary"])
+        with mute():
+            decompile(name, str(folder / "schema.fbs"), str(folder / "graph.bin"), ["--raw-binary"])
         text = (folder / "graph.json").read_text(encoding="utf-8")
     graph: dict[str, Any] = json.loads(_INFINITE.sub(r"\1Infinity", text))  # limits of clamps
     return graph

@@ -10,7 +10,6 @@ from torch import Tensor
 from fewbit.errors import ArtifactError, DataError, TargetError
 from fewbit.model.torch_export import first_line
 from fewbit.targets._pt2e.export import mute
-from fewbit.targets._pt2e.pte import Content
 from fewbit.targets._pt2e.xnnpack import package
 
 
@@ -33,11 +32,14 @@ def verified(path: Path, data: bytes) -> Any:
 
 
 class Session:
-    """A file that is loaded and ready. Called with the model's inputs it gives the list of outputs."""
+    """A file that is loaded and ready: called with the model's inputs, it gives the list of outputs.
 
-    def __init__(self, path: Path, data: bytes, content: Content) -> None:
+    ``independent`` samples are run in pieces where more are given than fit at once.
+    """
+
+    def __init__(self, path: Path, data: bytes, independent: bool = False) -> None:
         self._path = path
-        self._independent = content.independent
+        self._independent = independent
         self._program = verified(path, data)  # kept: its methods live in its memory
         with mute():
             try:
@@ -75,5 +77,9 @@ class Session:
         try:
             outputs = self._method.execute([x.contiguous() for x in inputs])
         except RuntimeError as error:
-            raise TargetError(f"{self._path}: ExecuTorch failed ({first_line(error)})") from error
+            shapes = [tuple(x.shape) for x in inputs]
+            raise TargetError(
+                f"{self._path}: ExecuTorch failed on inputs of shapes {shapes}, the file takes up to {self._limits} "
+                f"({first_line(error)})"
+            ) from error
         return [x.clone() for x in outputs]  # its memory is written again by the next call
