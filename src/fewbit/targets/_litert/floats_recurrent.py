@@ -104,9 +104,11 @@ class _Stack:
         c, length = self.c, x.shape[1]
         of_input, of_state = self._biases(suffix)
         inputs = self._product(x, f"weight_ih{suffix}", of_input)
+        width = inputs.shape[2]
+        row = c("reshape.default", inputs, [-1, length * width])  # so that a step is a plain slice
         outputs: dict[int, Value] = {}
         for t in reversed(range(length)) if backwards else range(length):
-            now = c("select.int", inputs, 1, t)
+            now = c("slice.Tensor", row, 1, t * width, (t + 1) * width, 1) if length > 1 else row
             before = states[0]
             carried = None if before is None else self._product(before, f"weight_hh{suffix}", of_state)
             if before is None and of_state is not None:
@@ -116,8 +118,8 @@ class _Stack:
             assert result is not None
             outputs[t] = result
         steps = [outputs[t] for t in range(length)]
-        row = c("cat.default", steps, 1) if length > 1 else steps[0]
-        sequence = c("reshape.default", row, [-1, length, row.shape[1] // length])
+        joined = c("cat.default", steps, 1) if length > 1 else steps[0]
+        sequence = c("reshape.default", joined, [-1, length, joined.shape[1] // length])
         c.expansion.sequences[sequence.name] = (1, steps)
         return sequence, states
 

@@ -1,5 +1,6 @@
 """Rules for operations that only move numbers: reshapes, transposes, slices, repetitions."""
 
+from math import prod
 from typing import Any
 
 from fewbit.errors import TargetError
@@ -7,6 +8,7 @@ from fewbit.model.program import Op
 from fewbit.targets._litert.layout import FixedBatch, Layout, Order, key
 from fewbit.targets._litert.rules import Rule, emit_image, identity, image
 
+Shape = tuple[int | None, ...]
 _WEIGHTED = ("linear", "dynamic_linear", "module.Linear")
 
 
@@ -38,13 +40,54 @@ def _reshape(layout: Layout, op: Op) -> None:
     signature = layout.sizes.signature(name)
     moving = [a for a in order if signature[a] != 1]
     if moving != sorted(moving):
-        if _turn_weights(layout, op, stored, order):
+        if _turn_weights(layout, op, stored, order) or _as_it_lies(layout, op, stored, order):
             return
         stored = layout.source(name)
     if layout.stored[stored] == shape:
         layout.alias(op, stored, identity(layout, op.output))
         return
     layout.alias(op, layout.reshape(stored, shape, op.output, op), identity(layout, op.output))
+
+
+def _as_it_lies(layout: Layout, op: Op, stored: str, order: Order) -> bool:
+    """Axes that are merged or split lie side by side in storage too: the result keeps the order of its input."""
+    before, after = layout.sizes.signature(op.inputs[0]), layout.sizes.signature(op.output)
+    groups = _groups(before, after)
+    places = [[order.index(a) for a in ins] for ins, _ in groups]
+    if not groups or any(p != list(range(p[0], p[0] + len(p))) for p in places):
+        return False
+    outs = {ins[0]: outs for ins, outs in groups}
+    turned = tuple(a for axis in order for a in outs.get(axis, []))
+    shape = tuple(after[a] for a in turned)
+    layout.alias(op, layout.reshape(stored, shape, op.output, op), turned)
+    return True
+
+
+def _groups(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
+    """Axes before and behind a reshape that hold the same numbers; empty where the free size is not one of its own."""
+    found: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(before) and j < len(after):
+        ins, outs = [i], [j]
+        if (before[i] is None) != (after[j] is None):
+            return []
+        while (a := _count(before, ins)) != (b := _count(after, outs)):
+            part, sizes = (ins, before) if a < b else (outs, after)
+            if part[-1] + 1 >= len(sizes) or sizes[part[-1] + 1] is None:
+                return []
+            part.append(part[-1] + 1)
+        found.append((ins, outs))
+        i, j = ins[-1] + 1, outs[-1] + 1
+    if i < len(before) or not found:
+        found = [] if any(s != 1 for s in before[i:]) or not found else [*found[:-1], (
+            [*found[-1][0], *range(i, len(before))], found[-1][1])]  # fmt: skip
+    if found and j < len(after):
+        found[-1][1].extend(range(j, len(after)))
+    return found
+
+
+def _count(sizes: Shape, axes: list[int]) -> int:
+    return prod(sizes[a] or 1 for a in axes)
 
 
 def _turn_weights(layout: Layout, op: Op, stored: str, order: Order) -> bool:
@@ -134,17 +177,19 @@ def _bounded(layout: Layout, value: Any, size: int) -> int:
 
 
 def _select(layout: Layout, op: Op) -> None:
+    """A slice one wide and a reshape: XNNPACK has no slice that drops its axis."""
     stored, order = layout.where[op.inputs[0]]
     axis, index = int(op.attrs["args"][1]) % len(order), int(op.attrs["args"][2])
     if axis in layout.sizes.free[op.inputs[0]]:
         raise FixedBatch
     size = layout.sizes.shape[op.inputs[0]][axis]
-    kept = [a for a in order if a != axis]
-    left = tuple(a - (a > axis) for a in kept)
-    signature = layout.sizes.signature(op.output)
-    shape = tuple(signature[a] for a in left)
-    args = [order.index(axis), index % size]
-    layout.alias(op, layout.emit_shares("aten.select.int", stored, args, op.output, shape, op), left)
+    place, at = order.index(axis), index % size
+    cut = tuple(1 if i == place else s for i, s in enumerate(layout.stored[stored]))
+    args = [place, at, at + 1, 1]
+    one = layout.emit_shares("aten.slice.Tensor", stored, args, f"{op.output}_one", cut, op)
+    left = tuple(a - (a > axis) for a in order if a != axis)
+    rest = tuple(s for i, s in enumerate(cut) if i != place)
+    layout.alias(op, layout.reshape(one, rest, op.output, op), left)
 
 
 def _split(layout: Layout, op: Op) -> None:
