@@ -126,9 +126,8 @@ def _given(x: Tensor, detail: dict[str, Any]) -> np.ndarray:
     if np.issubdtype(dtype, np.integer) and scale and np.issubdtype(value.dtype, np.floating):
         limits = np.iinfo(dtype)
         quotient = (value / np.float32(scale)).astype(np.float64)
-        rounded = np.sign(quotient) * np.floor(
-            np.abs(quotient) + 0.5
-        )  # halves away from zero, as QUANTIZE has it
+        # halves away from zero, as the operator QUANTIZE has it
+        rounded = np.sign(quotient) * np.floor(np.abs(quotient) + 0.5)
         value = np.clip(rounded + zero_point, limits.min, limits.max)
     return np.ascontiguousarray(value.astype(dtype))
 
