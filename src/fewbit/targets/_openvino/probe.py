@@ -125,7 +125,10 @@ def _tensor(place: dict[str, Any], constants: dict[str, np.ndarray]) -> Tensor:
 
 
 def probe(path: Path, inputs: tuple[Tensor, ...], codes: dict[str, str]) -> dict[str, Tensor]:
-    """The codes (int32) of every value in ``codes``, from a model that gives them all as outputs."""
+    """The codes (int32) of every value in ``codes``, from a model that gives them all as outputs.
+
+    Its shapes stay free, as in the file: other kernels compute that, so between this and ``open`` both are seen.
+    """
     model = read(path)
     program = describe(path).program
     ports = {n: out for node in model.get_ordered_ops() for out in node.outputs() for n in out.get_names()}
@@ -133,7 +136,7 @@ def probe(path: Path, inputs: tuple[Tensor, ...], codes: dict[str, str]) -> dict
     wanted = {v: n for v, n in codes.items() if n in ports and v in codings}
     model.add_outputs([ports[name] for name in dict.fromkeys(wanted.values())])
     places = {name: i for i, out in enumerate(model.outputs) for name in out.get_names()}
-    results = infer(compiled(model, path, inputs), inputs, path)
+    results = infer(compiled(model, path), inputs, path)
     found = {}
     for value, name in wanted.items():
         result = results[places[name]]
