@@ -75,6 +75,19 @@ def test_channels_last_in_and_out_needs_no_transpose(tmp_path: Path) -> None:
     assert operators(path) == ["QUANTIZE", "CONV_2D", "CONV_2D", "DEQUANTIZE"]
 
 
+@pytest.mark.parametrize(("dims", "size", "kernel", "stride", "padding"), [
+    (2, 7, 2, 2, 0), (2, 8, 3, 2, 0), (2, 9, 3, 2, 1), (2, 8, 2, 3, 1), (1, 8, 3, 3, 1), (1, 7, 2, 2, 0),
+])  # fmt: skip
+def test_the_last_windows_of_ceil_mode(
+    dims: int, size: int, kernel: int, stride: int, padding: int, tmp_path: Path
+) -> None:
+    conv, pool = ((nn.Conv1d, nn.MaxPool1d), (nn.Conv2d, nn.MaxPool2d))[dims - 1]
+    net = nn.Sequential(conv(2, 3, 1), pool(kernel, stride, padding, ceil_mode=True), conv(3, 2, 1))
+    model = quantized(net, torch.randn(32, 2, *[size] * dims))
+    check = fewbit.export(model, tmp_path / "ceil.tflite", time=False).verification
+    assert check is not None and check.output_differing == 0 and not any(c.differing for c in check.layers)
+
+
 @pytest.mark.parametrize(("io", "first", "last"), [
     ("int8", "CONV_2D", "CONV_2D"), ("uint8", "QUANTIZE", "QUANTIZE"), ("float32", "QUANTIZE", "DEQUANTIZE"),
 ])  # fmt: skip

@@ -190,15 +190,20 @@ def max_pool(layout: Layout, op: Op) -> None:
         [0, *_list(args[3], 1)] if rank == 3 and len(args) > 3 else _list(args[3] if len(args) > 3 else 0, 2)
     )
     dilation = _list(args[4] if len(args) > 4 else 1, rank - 2)
-    if any(d != 1 for d in dilation) or (len(args) > 5 and args[5]):
-        raise TargetError(
-            f"{op.layer or op.node}: max pooling with dilation or ceil mode has no operation in LiteRT"
-        )
+    if any(d != 1 for d in dilation):
+        raise TargetError(f"{op.layer or op.node}: max pooling with dilation has no operation in LiteRT")
+    ends = list(padding)
+    if len(args) > 5 and args[5]:  # ceil mode: the last windows need room of their own, or leave some unused
+        sizes, outs = ([1, *layout.sizes.shape[n][2:]][-2:] for n in (op.inputs[0], op.output))
+        ends = [
+            max(0, (o - 1) * s + k - n - p)
+            for n, o, k, s, p in zip(sizes, outs, kernel, stride, padding, strict=True)
+        ]
     source = image(layout, op.inputs[0])
-    if any(padding):
+    if any(padding) or any(ends):
         coding = layout.codings.get(source)
         lowest = int(coding.scheme.qmin) if coding else float(torch.finfo(torch.float32).min)
-        source = _padded(layout, op, source, [padding[1], padding[1], padding[0], padding[0]], lowest)
+        source = _padded(layout, op, source, [padding[1], ends[1], padding[0], ends[0]], lowest)
     attrs = {"target": "aten.max_pool2d.default", "args": [{"$": 0}, kernel, stride, [0, 0]], "kwargs": {}}
     emit_image(
         layout, op, source, attrs=attrs, kind="aten.max_pool2d.default", coding=layout.codings.get(source)
