@@ -18,6 +18,7 @@ from fewbit.errors import ArtifactError, TargetError
 from fewbit.model.codings import function_values, quantize_table
 from fewbit.model.program import Program
 from fewbit.targets import Described, Kernel
+from fewbit.targets._onnx.dynamic import restore_dynamic
 from fewbit.targets._onnx.runtime import session
 
 METADATA = "fewbit.program"
@@ -85,6 +86,7 @@ def read_back(path: Path) -> Described:
         codes = {str(k): str(v) for k, v in data["codes"].items()}
         program = Program.from_json(data["program"], tensors)
         for op in program.ops:
+            restore_dynamic(op)
             bias = op.constants.get("bias")
             if op.domain == "integer" and bias is not None and bias.is_floating_point():
                 unit = np.float32(program.codings[op.inputs[0]].scale) * op.constants["weight_scale"].numpy()

@@ -64,7 +64,7 @@ class Writer:
         elif op.kind == "getitem":
             self.names[op.output] = self.names[op.inputs[0]][op.attrs["index"]]
         elif op.kind.startswith("dynamic_"):
-            self.names[op.output] = emit_dynamic(self.builder, op, self.names[op.inputs[0]])
+            self.names[op.output] = emit_dynamic(self.builder, op, self.names[op.inputs[0]], self.constants)
         elif op.domain == "integer":
             self.names[op.output] = _INTEGER[op.kind](self, op)
         elif op.domain == "shares" and self.explicit:
