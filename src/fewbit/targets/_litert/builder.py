@@ -33,6 +33,7 @@ class Builder:
         self.versions: dict[str, int] = {}
         self.index: dict[str, int] = {}
         self.stored: dict[tuple[str, tuple[int, ...], bytes], int] = {}
+        self.plain: dict[tuple[int, tuple[int, ...], str], int] = {}  # constants without scales, by their numbers
 
     def tensor(self, name: str, shape: Shape, dtype: str, coding: Coding | None = None) -> str:
         """A tensor that an operator computes, or an input; None marks the free batch axis."""
@@ -57,8 +58,14 @@ class Builder:
         quantization = None
         if scales is not None:
             quantization = self.quantization(scales, [0] if zero_points is None else zero_points, axis)
-        stated = shape if shape is not None else value.shape
-        return self._add(name, stated, dtype or str(value.dtype), quantization, self.stored[key])
+        stated, kind = shape if shape is not None else value.shape, dtype or str(value.dtype)
+        if quantization is None and (same := self.plain.get((self.stored[key], stated, kind))) is not None:
+            self.index[name] = same  # one tensor is enough for all that read these numbers
+            return name
+        self._add(name, stated, kind, quantization, self.stored[key])
+        if quantization is None:
+            self.plain[self.stored[key], stated, kind] = self.index[name]
+        return name
 
     def operator(
         self, name: str, inputs: list[str], outputs: list[str], options: tuple[str, dict[str, Any]] | None = None,
