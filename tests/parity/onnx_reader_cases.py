@@ -66,21 +66,45 @@ def example(case: Case, batch: int = 3) -> tuple[Tensor, ...]:
     return tuple(made)
 
 
-def check(case: Case, folder: Path) -> fx.GraphModule:
-    """Read the case's model; what it answers to new inputs is what ONNX Runtime does."""
-    shapes = case.x if isinstance(case.x, dict) else {"x": case.x}
-    stored = {f"c{k}": c for k, c in enumerate(case.constants) if not isinstance(c, str)}
-    names = [*shapes, *(f"c{k}" if f"c{k}" in stored else "" for k in range(len(case.constants)))]
-    outputs = [f"out{k}" for k in range(case.outputs)]
-    node = helper.make_node(case.op, names, outputs, name="the_node", **case.attrs)
-    path = saved(made([node], shapes, outputs, stored, case.opset, case.types), folder)
-    gm = read_file(path, example(case))
-    inputs = example(case, 3 if all(isinstance(n, int) for n in next(iter(shapes.values()))) else 5)
+def grouped(cases: list[Case]) -> list[list[Case]]:
+    """Cases with the same inputs and opset together, at most eight: one model of many nodes is read faster."""
+    found: dict[str, list[list[Case]]] = {}
+    for case in cases:
+        groups = found.setdefault(repr((case.x, case.opset, case.types, case.positive)), [[]])
+        if len(groups[-1]) == 8:
+            groups.append([])
+        groups[-1].append(case)
+    return [group for groups in found.values() for group in groups]
+
+
+def name_of(group: list[Case]) -> str:
+    """A test's name: the case, or the operators of several."""
+    ops = dict.fromkeys(case.op for case in group)
+    return str(group[0]) if len(group) == 1 else f"{'-'.join(ops)}-{len(group)}-{group[0].opset}"
+
+
+def check(group: list[Case], folder: Path) -> fx.GraphModule:
+    """Read a model with a node for each case; what it answers to new inputs is what ONNX Runtime does."""
+    first = group[0]
+    shapes = first.x if isinstance(first.x, dict) else {"x": first.x}
+    nodes, outputs, stored = [], {}, {}
+    for at, case in enumerate(group):
+        constants = {f"c{at}_{k}": c for k, c in enumerate(case.constants) if not isinstance(c, str)}
+        names = [f"c{at}_{k}" for k in range(len(case.constants))]
+        inputs = [*shapes, *(name if name in constants else "" for name in names)]
+        made_here = [f"out{at}_{k}" for k in range(case.outputs)]
+        nodes.append(helper.make_node(case.op, inputs, made_here, name=f"node {at}: {case}", **case.attrs))
+        outputs |= dict.fromkeys(made_here, case)
+        stored |= constants
+    path = saved(made(nodes, shapes, list(outputs), stored, first.opset, first.types), folder)
+    gm = read_file(path, example(first))
+    given = example(first, 3 if all(isinstance(n, int) for n in next(iter(shapes.values()))) else 5)
     with torch.no_grad():
-        expected, actual = answers(path, inputs), gm(*inputs)
-    for e, a in zip(expected, actual if isinstance(actual, tuple | list) else [actual], strict=True):
-        assert a.shape == e.shape
-        assert a.numpy().dtype == e.dtype
+        expected, actual = answers(path, given), gm(*given)
+    actual = actual if isinstance(actual, tuple | list) else [actual]
+    for case, e, a in zip(outputs.values(), expected, actual, strict=True):
+        assert a.shape == e.shape, case
+        assert a.numpy().dtype == e.dtype, case
         scale = np.abs(np.where(np.isfinite(e), e, 0)).max(initial=0) if e.dtype.kind == "f" else 1
-        np.testing.assert_allclose(a.numpy(), e, rtol=0, atol=1e-5 * max(scale, 1e-30))
+        np.testing.assert_allclose(a.numpy(), e, rtol=0, atol=1e-5 * max(scale, 1e-30), err_msg=str(case))
     return gm

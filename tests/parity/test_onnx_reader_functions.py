@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx_reader_cases import X3, X4, Case, check, f, i, s
+from onnx_reader_cases import X3, X4, Case, check, f, grouped, i, name_of, s
 
 ACTIVATIONS = [
     *(Case(op, X3) for op in (
@@ -71,6 +71,6 @@ REDUCTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*ACTIVATIONS, *BINARY, *REDUCTIONS], ids=str)
-def test_torch_computes_what_onnx_runtime_does(case: Case, tmp_path: Path) -> None:
-    check(case, tmp_path)
+@pytest.mark.parametrize("group", grouped([*ACTIVATIONS, *BINARY, *REDUCTIONS]), ids=name_of)
+def test_torch_computes_what_onnx_runtime_does(group: list[Case], tmp_path: Path) -> None:
+    check(group, tmp_path)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx_reader_cases import X2, X3, X4, X5, Case, N, check, f, s
+from onnx_reader_cases import X2, X3, X4, X5, Case, N, check, f, grouped, name_of, s
 
 CONVOLUTIONS = [
     Case("Conv", X4, [f(5, 4, 3, 3), f(5)], {"pads": [1, 1, 1, 1]}),
@@ -62,6 +62,6 @@ NORMS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*CONVOLUTIONS, *PRODUCTS, *NORMS], ids=str)
-def test_torch_computes_what_onnx_runtime_does(case: Case, tmp_path: Path) -> None:
-    check(case, tmp_path)
+@pytest.mark.parametrize("group", grouped([*CONVOLUTIONS, *PRODUCTS, *NORMS]), ids=name_of)
+def test_torch_computes_what_onnx_runtime_does(group: list[Case], tmp_path: Path) -> None:
+    check(group, tmp_path)

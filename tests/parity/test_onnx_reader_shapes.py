@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx_reader_cases import X2, X3, X4, X5, Case, N, check, f, i, s
+from onnx_reader_cases import X2, X3, X4, X5, Case, N, check, f, grouped, i, name_of, s
 
 POOLS = [
     *(Case("MaxPool", X4, attrs={"kernel_shape": [3, 2], "strides": [2, 2], **more}) for more in (
@@ -100,6 +100,6 @@ RESIZES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*POOLS, *SHAPES, *RESIZES], ids=str)
-def test_torch_computes_what_onnx_runtime_does(case: Case, tmp_path: Path) -> None:
-    check(case, tmp_path)
+@pytest.mark.parametrize("group", grouped([*POOLS, *SHAPES, *RESIZES]), ids=name_of)
+def test_torch_computes_what_onnx_runtime_does(group: list[Case], tmp_path: Path) -> None:
+    check(group, tmp_path)

@@ -82,6 +82,7 @@ class Builder:
         self.root = nn.Module()
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.values: dict[str, Operand] = {}
+        self.zeros: set[fx.Node] = set()  # computed tensors that are known to be all zero
         self.free_sizes = False  # whether inputs have free sizes besides the batch
         self._layers: dict[Any, str] = {}
         self._parameters: dict[Any, nn.Parameter] = {}

@@ -21,7 +21,7 @@ from fewbit.model import (
     onnx_shapes,
     onnx_windows,
 )
-from fewbit.model.onnx_build import Builder, Constant, Network
+from fewbit.model.onnx_build import Builder, Constant, Network, Value
 from fewbit.model.onnx_call import Call
 from fewbit.model.onnx_graph import SUBGRAPHS, Graph, Node
 from fewbit.model.torch_export import first_line
@@ -37,6 +37,9 @@ OPERATORS: dict[str, Callable[[Call], Any]] = {
     **onnx_shapes.RULES,
     **onnx_windows.RULES,
 }
+
+
+_MOVING = frozenset({"Slice", "Split", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Gather", "Identity"})
 
 
 def check_operators(graph: Graph) -> None:
@@ -118,6 +121,9 @@ def _convert(builder: Builder, node: Node, graph: Graph, consumers: dict[str, li
         if unread:
             raise ModelError(f"{node.name!r:.120} ({node.op}): its output {unread[0]!r:.80} cannot be read")
     builder.values.update(zip(node.outputs, results, strict=False))
+    first = call.operands[0] if call.operands else None
+    if node.op in _MOVING and isinstance(first, Value) and first.node in builder.zeros:
+        builder.zeros |= {r.node for r in results if isinstance(r, Value)}
     for absorbed, made in call.absorbed.items():
         builder.values[absorbed.outputs[0]] = made or results[0]
     return set(call.absorbed)

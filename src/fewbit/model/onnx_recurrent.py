@@ -88,12 +88,18 @@ def _weights(c: Call, order: list[int], directions: int) -> tuple[dict[str, Cons
 def _initial(c: Call, directions: int, hidden: int) -> list[Any]:
     """The initial states as the layer takes them; none where they are zero."""
     indices = [5, 6][: _STATES[c.node.op]]
-    known = [c.known(i) if c.has(i) else np.zeros(1) for i in indices]
-    if all(k is not None and not np.any(k) for k in known):
+    if all(_is_zero(c, i) for i in indices):
         return []
     shape = (directions, c.shape(0)[1], hidden)
     states = [c[i] if c.has(i) else Constant(np.zeros(shape, np.float32), "") for i in indices]
     return [tuple(states)] if len(states) == 2 else states
+
+
+def _is_zero(c: Call, index: int) -> bool:
+    if not c.has(index):
+        return True
+    operand = c.raw(index)
+    return not np.any(operand.array) if isinstance(operand, Constant) else operand.node in c.builder.zeros
 
 
 def _sequence(c: Call, sequence: Operand, directions: int, hidden: int) -> Operand:

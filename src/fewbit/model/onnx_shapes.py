@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewbit.model import onnx_sizes
-from fewbit.model.onnx_build import LARGEST, Constant, Sizes, Value, tensor_of
+from fewbit.model.onnx_build import LARGEST, Constant, Function, Sizes, Value, tensor_of
 from fewbit.model.onnx_call import Call
 from fewbit.model.onnx_functions import size_operand
 
@@ -75,7 +75,15 @@ def _constant_of_shape(c: Call) -> Any:
         sizes = tuple(int(s) for s in shape.array.reshape(-1))
         _check_count(c, sizes)
         return Constant(np.full(sizes, value[0]), "")
-    return c.apply(_filled, c.sizes(0), value=value[0].item(), dtype=tensor_of(value).dtype)
+    return _maybe_zero(c, c.apply(_filled, c.sizes(0), value=value[0].item(), dtype=tensor_of(value).dtype))
+
+
+def _maybe_zero(c: Call, result: Value) -> Value:
+    """Remembers tensors of zeros: recurrent layers start with them, and torch's need not be told."""
+    function = c.builder.root.get_submodule(str(result.node.target))
+    if isinstance(function, Function) and function.settings.get("value") == 0:
+        c.builder.zeros.add(result.node)
+    return result
 
 
 def _check_count(c: Call, sizes: tuple[int, ...]) -> None:
@@ -276,7 +284,8 @@ def _expand(c: Call) -> Any:
     values = c.known(0)
     if values is not None and isinstance(shape, Value) and values.size and (values == values.flat[0]).all():
         dtype = tensor_of(values.reshape(-1)[:1]).dtype
-        return c.apply(_filled_over, shape, own=values.shape, value=values.flat[0].item(), dtype=dtype)
+        settings: dict[str, Any] = {"own": values.shape, "value": values.flat[0].item(), "dtype": dtype}
+        return _maybe_zero(c, c.apply(_filled_over, shape, **settings))
     return c.apply(_expanded, c[0], shape)
 
 
