@@ -187,3 +187,50 @@ def test_several_outputs_are_a_tuple_in_the_files_order(tmp_path: Path) -> None:
     a, b, s = gm(x)
     torch.testing.assert_close((a, b), (torch.sigmoid(x), x.relu()))
     assert s.tolist() == [7, 3]
+
+
+def test_sigmoids_times_their_inputs_are_one_function(tmp_path: Path) -> None:
+    nodes = [
+        N("Sigmoid", ["x"], ["a"]), N("Mul", ["a", "x"], ["b"], name="swish"),
+        N("HardSigmoid", ["b"], ["c"], alpha=1 / 6, beta=0.5), N("Mul", ["b", "c"], ["d"], name="hard"),
+        N("Sigmoid", ["d"], ["e"]), N("Mul", ["e", "x"], ["y"], name="gate"),
+    ]  # fmt: skip
+    gm = read_file(saved(made(nodes, {"x": ("N", 3)}, ["y"]), tmp_path))
+    aten = torch.ops.aten
+    called = [n.target for n in gm.graph.nodes if n.op == "call_function"]
+    assert called == [aten.silu.default, aten.hardswish.default, aten.sigmoid.default, aten.mul.Tensor]
+
+
+@pytest.mark.parametrize("square", ["Pow", "Mul"])
+@pytest.mark.parametrize("parts", [0, 1, 2])
+@pytest.mark.parametrize("opset", [13, 18])
+def test_a_layer_norm_in_pieces_is_one_layer(opset: int, parts: int, square: str, tmp_path: Path) -> None:
+    axes: Any = ([], {"axes": [-1]}) if opset < 18 else (["last"], {})
+    nodes = [
+        N("ReduceMean", ["x", *axes[0]], ["mean"], **axes[1]), N("Sub", ["x", "mean"], ["d"]),
+        N(square, ["d", "d" if square == "Mul" else "two"], ["dd"]),
+        N("ReduceMean", ["dd", *axes[0]], ["v"], **axes[1]),
+        N("Add", ["v", "eps"], ["ve"]), N("Sqrt", ["ve"], ["s"]), N("Div", ["d", "s"], ["n0"]),
+        N("Mul", ["n0", "norm.weight"], ["n1"]), N("Add", ["norm.bias", "n1"], ["n2"]), N("Relu", [f"n{parts}"], ["y"]),
+    ]  # fmt: skip
+    constants = {"two": np.float32(2), "eps": np.float32(1e-3), "norm.weight": _f(6), "norm.bias": _f(6) + 1}
+    constants |= {"last": np.array([-1])} if opset >= 18 else {}
+    gm = read_file(saved(made(nodes, {"x": ("N", 4, 6)}, ["y"], constants, opset), tmp_path))
+    (norm,) = (m for m in gm.modules() if isinstance(m, nn.LayerNorm))
+    assert (norm.weight is not None, norm.bias is not None, norm.eps) == (
+        parts > 0,
+        parts > 1,
+        pytest.approx(1e-3),
+    )
+    assert len([n for n in gm.graph.nodes if n.op == "call_function"]) == 1
+
+
+def test_a_quotient_that_is_no_layer_norm_stays_one(tmp_path: Path) -> None:
+    nodes = [
+        N("ReduceMean", ["x"], ["mean"], axes=[1]), N("Sub", ["x", "mean"], ["d"]), N("Mul", ["d", "d"], ["dd"]),
+        N("ReduceMean", ["dd"], ["v"], axes=[-1]), N("Add", ["v", "eps"], ["ve"]), N("Sqrt", ["ve"], ["s"]),
+        N("Div", ["d", "s"], ["y"]),
+    ]  # fmt: skip
+    model = made(nodes, {"x": ("N", 4, 6)}, ["y"], {"eps": np.float32(1e-3)}, 13)
+    gm = read_file(saved(model, tmp_path))
+    assert not [m for m in gm.modules() if isinstance(m, nn.LayerNorm)]

@@ -45,6 +45,17 @@ PRODUCTS = [
     Case("Einsum", (N, 3, 6), [f(6, 2, 4)], {"equation": "bij,jhd->bhid"}),
 ]
 
+Q, KV, FLAT = (N, 4, 6, 8), (N, 2, 6, 8), (N, 6, 16)
+ATTENTION = [
+    Case("Attention", {"q": Q, "k": Q, "v": Q}, opset=23),
+    Case("Attention", {"q": Q, "k": KV, "v": KV}, attrs={"is_causal": 1, "scale": 0.3}, opset=23),
+    Case(
+        "Attention", {"q": FLAT, "k": FLAT, "v": FLAT}, attrs={"q_num_heads": 4, "kv_num_heads": 4}, opset=23
+    ),
+    Case("Attention", {"q": Q, "k": Q, "v": Q}, [f(6, 6)], opset=23, name="mask"),
+    Case("Attention", {"q": Q, "k": Q, "v": Q}, [np.tri(6, dtype=bool)], opset=23, name="truth"),
+]
+
 NORMS = [
     *(Case("BatchNormalization", x, [f(x[1]), f(x[1]), f(x[1]), np.abs(f(x[1])) + 0.1], {"epsilon": 1e-3}, opset=o)
       for x in (X2, X3, X4, X5) for o in (7, 9, 15)),
@@ -62,6 +73,6 @@ NORMS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("group", grouped([*CONVOLUTIONS, *PRODUCTS, *NORMS]), ids=name_of)
+@pytest.mark.parametrize("group", grouped([*CONVOLUTIONS, *PRODUCTS, *ATTENTION, *NORMS]), ids=name_of)
 def test_torch_computes_what_onnx_runtime_does(group: list[Case], tmp_path: Path) -> None:
     check(group, tmp_path)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewbit.errors import FewbitError, ModelError
 from fewbit.model import (
+    onnx_attention,
     onnx_codes,
     onnx_functions,
     onnx_gathers,
@@ -27,6 +28,7 @@ from fewbit.model.onnx_graph import SUBGRAPHS, Graph, Node
 from fewbit.model.torch_export import first_line
 
 OPERATORS: dict[str, Callable[[Call], Any]] = {
+    **onnx_attention.RULES,
     **onnx_codes.RULES,
     **onnx_functions.RULES,
     **onnx_gathers.RULES,

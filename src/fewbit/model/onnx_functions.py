@@ -16,6 +16,7 @@ from torch import Tensor
 from fewbit.model import onnx_sizes
 from fewbit.model.onnx_build import Constant, Operand, Sizes, Value
 from fewbit.model.onnx_call import Call
+from fewbit.model.onnx_patterns import gated, layer_norm
 
 Rule = Callable[[Call], Any]
 
@@ -57,6 +58,16 @@ def _binary(function: Callable[..., Any], of_sizes: Callable[[Any, Any], Any]) -
         return _calculated(c, function)
 
     return rule
+
+
+def _or_else(pattern: Rule, rule: Rule) -> Rule:
+    """The pattern where it is found, else the operator alone."""
+
+    def either(c: Call) -> Any:
+        found = pattern(c)
+        return rule(c) if found is None else found
+
+    return either
 
 
 def _calculated(c: Call, function: Callable[..., Any]) -> Any:
@@ -239,8 +250,8 @@ def _is_inf(c: Call) -> Any:
 RULES: dict[str, Rule] = {
     "Add": _binary(_add, operator.add),
     "Sub": _binary(operator.sub, operator.sub),
-    "Mul": _binary(_mul, operator.mul),
-    "Div": _binary(_div, onnx_sizes.divide),
+    "Mul": _or_else(gated, _binary(_mul, operator.mul)),
+    "Div": _or_else(layer_norm, _binary(_div, onnx_sizes.divide)),
     "Pow": _pow,
     "Mod": _mod,
     "Sum": _many(_add),

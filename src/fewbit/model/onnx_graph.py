@@ -37,7 +37,9 @@ class Input:
 
 @dataclass
 class Graph:
-    """What the reader works on. `nodes` are those that outputs depend on, in an order that can be run."""
+    """What the reader works on. `nodes` are those that outputs depend on, in an order that can be run; `users` says
+    how many nodes and outputs read a value, `makers` which node computes it.
+    """
 
     name: str
     opset: int
@@ -46,6 +48,7 @@ class Graph:
     inputs: list[Input]
     outputs: list[str]
     users: dict[str, int] = field(default_factory=dict)
+    makers: dict[str, Node] = field(default_factory=dict)
 
 
 def graph_of(model: Any, path: Path) -> Graph:
@@ -68,6 +71,7 @@ def graph_of(model: Any, path: Path) -> Graph:
     if not graph.outputs:
         raise ArtifactError(f"{path}: the graph has no outputs: expected at least one; export it again")
     _check_order(graph, path)
+    graph.makers = {name: node for node in nodes for name in node.outputs if name}
     for name in [*(i for node in nodes for i in node.inputs), *graph.outputs]:
         graph.users[name] = graph.users.get(name, 0) + 1
     return graph
