@@ -136,3 +136,19 @@ def test_recurrent_layers(
 def test_a_float_model_is_written_in_float(net: nn.Module, tmp_path: Path) -> None:
     artifact = fewbit.export(net, tmp_path / "m.xml", example=X)
     assert artifact.verification is not None and artifact.verification.output_error < 1e-5
+
+
+def test_additions_of_a_float_model_need_no_integer_kernel(tmp_path: Path) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.a(x)) + self.b(x)
+
+    x = torch.rand(4, 16)
+    for model in (Sum(), fewbit.quantize(Sum(), example=x, recipe="int8-weight-only", target="openvino")):
+        artifact = fewbit.export(model, tmp_path / "m.xml", example=x, time=False)
+        assert artifact.verification is not None
+        assert [k.kind for k in artifact.verification.kernels] == ["Linear", "Linear"]

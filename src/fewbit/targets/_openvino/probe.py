@@ -171,7 +171,7 @@ def _kernel(op: Op, node: str, executed: dict[str, str]) -> Kernel | None:
         return Kernel(op.layer, op.kind, False, cause, planned=False)
     if op.kind == "module" and op.attrs["type"].startswith(("Conv", "Linear", "LSTM", "GRU")):
         return Kernel(op.layer, op.attrs["type"], False, op.note or "planned as float", planned=False)
-    if op.kind not in INTEGER_KERNELS:
+    if op.domain != "integer" or op.kind not in INTEGER_KERNELS:
         return None
     how = next((h for n, h in executed.items() if n == node or n.startswith(f"{node}/")), None)
     if how is not None and how.lower().endswith(("_i8", "_u8")):
