@@ -127,6 +127,16 @@ def _stored_bits(content: bytes) -> set[int]:
     return widths
 
 
+def test_4_bit_weights_beside_floats_are_said_to_be_slow() -> None:
+    quantized = _weight_only(Words(), NETWORKS["words"][1], Scheme("int4", "channel"))
+    notes = [
+        op.note
+        for op in prepare(lower(quantized)).ops
+        if op.kind == "module" and op.attrs["type"] == "Linear"
+    ]
+    assert len(notes) == 1 and "activations='dynamic'" in notes[0]
+
+
 def test_half_the_bytes_for_half_the_bits() -> None:
     """A network in float16 is half as large."""
     torch.manual_seed(0)

@@ -55,6 +55,7 @@ def _narrow(op: Op, codes: Tensor) -> bool:
 
 
 def fits_four_bits(codes: Tensor) -> bool:
+    """Whether all codes are integers from -8 to 7."""
     return bool(codes.numel()) and int(codes.min()) >= -8 and int(codes.max()) <= 7
 
 

@@ -128,7 +128,7 @@ class Layout:
             return self._moved(target, stored, args, name, shape)
         attrs = {"target": target, "args": [{"$": 0}, *args], "kwargs": {}}
         coding = self.codings.get(stored)
-        layer, node = (op.layer, op.node) if op else ("", name)
+        layer, node = (op.layer, op.node) if op else (stored, name)
         new = Op(target, "float" if coding is None else "shares", layer, node, [stored], name, attrs)
         self.ops.append(new)
         self.stored[name] = shape

@@ -5,6 +5,7 @@ from typing import Any
 
 from fewbit.errors import TargetError
 from fewbit.model.program import Op
+from fewbit.numerics.scheme import Scheme
 from fewbit.targets._litert.floats_windows import paddings, per_dim
 from fewbit.targets._litert.layout import NHWC, FixedBatch, Layout, key
 from fewbit.targets._litert.moves import MOVES
@@ -19,6 +20,11 @@ from fewbit.targets._litert.rules import (
     in_order,
     pad_attrs,
     same_padding,
+)
+
+_UNPACKED = (
+    "LiteRT unpacks 4-bit weights for float inputs with slow kernels; with activations='dynamic' it reads them as "
+    "they are"
 )
 
 # ---- axes -----------------------------------------------------------------------------------------------------------
@@ -143,6 +149,9 @@ def _product(layout: Layout, op: Op) -> None:
 
 def _linear(layout: Layout, op: Op) -> None:
     """Features last, everything else as it is."""
+    stored = op.attrs.get("schemes", {}).get("weight")
+    if stored is not None and Scheme.from_json(stored).spec.integer and Scheme.from_json(stored).spec.bits <= 4:
+        op = dataclasses.replace(op, note=_UNPACKED)
     name = op.inputs[0]
     order = layout.order(name)
     if order[-1] != len(order) - 1:
