@@ -231,3 +231,14 @@ def test_four_bit_weights_are_stored_in_four_bits(tmp_path: Path) -> None:
         sizes[bits] = path.stat().st_size
     count = sum(p.numel() for p in net.parameters() if p.dim() > 1)
     assert sizes[8] - sizes[4] >= count // 2 - 64
+
+
+def test_a_clamp_that_cuts_nothing_off(tmp_path: Path) -> None:
+    """A ReLU behind a pooling whose codes start at zero anyway."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)
+    )
+    check = fewbit.export(
+        quantized(net, torch.randn(64, 1, 8, 8)), tmp_path / "m.tflite", time=False
+    ).verification
+    assert check is not None and check.exact

@@ -91,6 +91,8 @@ def _clamped(op: Op, codings: dict[str, Coding]) -> list[Op]:
     """A clamp that the operation cannot do itself becomes one of its own."""
     coding = codings[op.output]
     name = activation(op.attrs.get("clamp"), coding)
+    if op.kind == "clip" and name == "NONE":  # nothing to cut off: the same codes under another name
+        return [dataclasses.replace(op, kind="rescale", domain="shares", attrs={})]
     if name == "NONE" or (name is not None and op.kind in _FUSING) or op.kind == "clip":
         return [dataclasses.replace(op)]
     inner = f"{op.output}_unclamped"
