@@ -16,7 +16,7 @@ Rule = Callable[[Layout, Op], None]
 def elementwise(layout: Layout, op: Op) -> None:
     """One input, any order."""
     stored, order = layout.where[op.inputs[0]]
-    if stored in layout.rows:
+    if stored in layout.rows and order == NLC:
         _emit_row(layout, op, [layout.rows[stored]])
     else:
         layout.emit(op, [stored], order)
