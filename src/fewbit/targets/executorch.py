@@ -1,6 +1,8 @@
 """ExecuTorch, run by its own runtime: ``.pte`` files whose integer kernels are XNNPACK's.
 
-A file takes up to 64 samples at once; what the model leaves open besides has the sizes of the example.
+A file takes up to 64 samples at once; what the model leaves open besides has the sizes of the example. Convolutions
+and linear layers follow ``f32_even``; sums and means are XNNPACK's fixed-point ones. Measured with ExecuTorch 1.5 on
+AVX512-VNNI: 2 of 12.6 million codes of ResNet-20 and MobileNetV2 differ, both of sums, by one unit.
 """
 
 from importlib.metadata import version

@@ -1,8 +1,12 @@
 """PyTorch itself: a ``.pt2`` archive of the Q/DQ graph, compiled by torch's inductor into oneDNN's integer kernels.
 
-Anybody can load such a file with ``torch.export.load`` and compile it with ``torch.compile(dynamic=False)`` under
-``torch._inductor.config.patch(freezing=True)`` and ``torch.no_grad()``. fewbit rebuilds the same graph from the program
-in the archive instead, because loading a ``.pt2`` file runs what it says.
+Anybody can load such a file with ``torch.export.load``, after importing ``torch.ao.quantization.fx._decomposed``, and
+compile it with ``torch.compile(dynamic=False)`` under ``torch.no_grad()`` and
+``torch._inductor.config.patch(freezing=True)``. fewbit rebuilds the same graph from the program in the archive
+instead, because loading a ``.pt2`` file runs what it says.
+
+Convolutions and linear layers follow ``f32_even`` except where oneDNN's own order of the scales moves a tie:
+measured with torch 2.13 on AVX512-VNNI, 19 of 12.6 million codes of ResNet-20 and MobileNetV2 differ, each by one unit.
 """
 
 import dataclasses

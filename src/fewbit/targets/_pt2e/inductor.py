@@ -22,15 +22,10 @@ Compiled = Callable[..., list[Tensor]]
 
 @dataclass(frozen=True)
 class Product:
-    """A convolution or matrix product of the compiled graph: its operator and the type of what it gives."""
+    """A convolution or matrix product of the compiled graph, and whether oneDNN multiplies integers in it."""
 
     kind: str
-    target: str
-    output: torch.dtype
-
-    @property
-    def integer(self) -> bool:
-        return self.target.startswith("onednn.q")
+    integer: bool
 
 
 class _Seen(Exception):
@@ -100,8 +95,7 @@ def _products(graph: Graph) -> Iterator[Product]:
     for node in graph.nodes:
         kind = _PRODUCTS.get(str(node.target).rpartition(".")[0]) if node.op == "call_function" else None
         if kind is not None:
-            value = node.meta.get("val")
-            yield Product(kind, str(node.target), value.dtype if isinstance(value, Tensor) else torch.float32)
+            yield Product(kind, str(node.target).startswith("onednn.q"))
 
 
 _PRODUCTS = {
