@@ -25,6 +25,7 @@ from fewbit.model import (
 from fewbit.model.onnx_build import Builder, Constant, Network, Value
 from fewbit.model.onnx_call import Call
 from fewbit.model.onnx_graph import SUBGRAPHS, Graph, Node
+from fewbit.model.onnx_quantized import DOMAINS, QUANTIZED
 from fewbit.model.torch_export import first_line
 
 OPERATORS: dict[str, Callable[[Call], Any]] = {
@@ -46,7 +47,8 @@ _MOVING = frozenset({"Slice", "Split", "Reshape", "Squeeze", "Unsqueeze", "Trans
 
 def check_operators(graph: Graph) -> None:
     """ModelError that lists every operator without a counterpart."""
-    unknown = [n for n in graph.nodes if n.domain or n.op not in OPERATORS]
+    unknown = [n for n in graph.nodes if n.op not in (QUANTIZED if n.domain in DOMAINS else ())]
+    unknown = [n for n in unknown if n.domain or n.op not in OPERATORS]
     if not unknown:
         return
     listed = "; ".join(f"{n.name!r:.80} ({_full(n)}{_why(n)})" for n in unknown[:50])

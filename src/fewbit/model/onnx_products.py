@@ -106,16 +106,78 @@ def _linear(op: str) -> Rule:
         if op == "Conv" and len(node.input) > 8 and node.input[8]:
             bias = twin.stored(node.input[8]).astype(np.float32) * (twin.codes[x].scale.reshape(()) * scale)
             inputs.append(twin.store(f"{weight_name(node.input[8])}__float", bias.astype(np.float32)))
-        twin.add(op, inputs, node, attributes=True)
-        twin.codes[result] = coding = twin.coding(node, 6)
-        twin.record[result] = coding.json()
-        if coding.clamps_at_zero:
-            twin.nodes[-1].output[0] = f"{result}__linear"
-            twin.add("Relu", [f"{result}__linear"], node)
-            twin.nodes[-1].name = f"{node.name}/Relu"
-            twin.positive.add(result)
+        _computed(twin, node, op, inputs, twin.coding(node, 6))
 
     return rule
+
+
+def _computed(
+    twin: Twin, node: Any, op: str, inputs: list[str], coding: Coding, attributes: bool = True
+) -> None:
+    """The float operator in the place of one on codes, with the clamp that its rounding was."""
+    result = node.output[0]
+    twin.add(op, inputs, node, attributes=attributes)
+    twin.codes[result] = coding
+    twin.record[result] = coding.json()
+    if coding.clamps_at_zero:
+        twin.nodes[-1].output[0] = f"{result}__linear"
+        twin.add("Relu", [f"{result}__linear"], node)
+        twin.nodes[-1].name = f"{node.name}/Relu"
+        twin.positive.add(result)
+
+
+def _value(twin: Twin, node: Any, at: int) -> str:
+    """An input of codes as a float value; a stored one is dequantized."""
+    from onnx import helper
+
+    name = node.input[at]
+    if name in twin.codes:
+        return str(name)
+    if name not in twin.constant:
+        raise ModelError(f"{node.name!r:.80} ({node.op_type}): {name!r:.80} is no code of QuantizeLinear")
+    result = f"{node.output[0]}__{at}"
+    twin.nodes.append(helper.make_node("DequantizeLinear", list(node.input[at : at + 3]), [result]))
+    return result
+
+
+def _elementwise(op: str, operands: int, result: int) -> Rule:
+    """QLinearAdd, QLinearSigmoid, ...: each operand and the result are codes, a scale and a zero point."""
+
+    def rule(twin: Twin, node: Any) -> None:
+        if any(a.name == "channels_last" and a.i for a in node.attribute):
+            raise ModelError(f"{node.name!r:.80} ({node.op_type}): channels come last: expected them second")
+        inputs = [_value(twin, node, 3 * at) for at in range(operands)]
+        kept = [a for a in node.attribute if a.name in ("alpha", "axis")]
+        _computed(twin, node, op, inputs, twin.coding(node, result), attributes=False)
+        made = next(n for n in reversed(twin.nodes) if n.op_type == op)
+        made.attribute.extend(kept)
+
+    return rule
+
+
+def _concat(twin: Twin, node: Any) -> None:
+    inputs = [_value(twin, node, at) for at in range(2, len(node.input), 3)]
+    _computed(twin, node, "Concat", inputs, twin.coding(node, 0))
+
+
+def _gemm(twin: Twin, node: Any) -> None:
+    x, weight = node.input[0], node.input[3]
+    if x not in twin.codes or weight not in twin.constant or len(node.input) < 9:
+        raise ModelError(
+            f"{node.name!r:.80} (QGemm): expected codes of QuantizeLinear and a weight, codes as result"
+        )
+    scale = twin.stored(node.input[4]).astype(np.float32)
+    scale = scale.reshape(()) if scale.size == 1 else scale
+    axis = 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
+    _weight(twin, node, weight, scale, node.input[5], axis)
+    inputs = [x, f"{node.output[0]}__weight"]
+    if node.input[6]:
+        alpha = next((a.f for a in node.attribute if a.name == "alpha"), 1.0)
+        bias = twin.stored(node.input[6]).astype(np.float32) * (
+            alpha * twin.codes[x].scale.reshape(()) * scale
+        )
+        inputs.append(twin.store(f"{weight_name(node.input[6])}__float", bias.astype(np.float32)))
+    _computed(twin, node, "Gemm", inputs, twin.coding(node, 7))
 
 
 PRODUCTS: dict[str, Rule] = {
@@ -124,4 +186,11 @@ PRODUCTS: dict[str, Rule] = {
     "ConvInteger": _integer_product("Conv"),
     "QLinearConv": _linear("Conv"),
     "QLinearMatMul": _linear("MatMul"),
+    "QLinearAdd": _elementwise("Add", 2, 6),
+    "QLinearMul": _elementwise("Mul", 2, 6),
+    "QLinearSigmoid": _elementwise("Sigmoid", 1, 3),
+    "QLinearLeakyRelu": _elementwise("LeakyRelu", 1, 3),
+    "QLinearGlobalAveragePool": _elementwise("GlobalAveragePool", 1, 3),
+    "QLinearConcat": _concat,
+    "QGemm": _gemm,
 }

@@ -15,7 +15,7 @@ from fewbit.errors import ModelError
 from fewbit.model.onnx_products import PRODUCTS
 from fewbit.model.onnx_twin import Coding, Record, Twin, weight_name
 
-_DOMAINS = ("", "ai.onnx", "com.microsoft")
+DOMAINS = ("", "ai.onnx", "com.microsoft")
 _MOVING = frozenset({"Reshape", "Transpose", "MaxPool", "Slice", "Split", "Gather", "Concat", "Squeeze", "Unsqueeze",
                      "Flatten", "Expand", "Tile", "Identity", "DepthToSpace", "SpaceToDepth", "Resize", "ReduceMax",
                      "ReduceMin", "GatherElements", "Dropout"})  # fmt: skip
@@ -26,7 +26,7 @@ _KEEPS_SIGN = _MOVING - {"Concat"} | {"AveragePool", "GlobalAveragePool", "Globa
 
 def is_quantized(model: Any) -> bool:
     """Whether a file computes with codes."""
-    return any(n.op_type in _RULES and n.domain in _DOMAINS for n in model.graph.node)
+    return any(n.op_type in _RULES and n.domain in DOMAINS for n in model.graph.node)
 
 
 def float_twin(model: Any, path: Path) -> tuple[Any, Record]:
@@ -54,7 +54,7 @@ def float_twin(model: Any, path: Path) -> tuple[Any, Record]:
 
 def _rewrite(twin: Twin, node: Any) -> None:
     inputs = [name for name in node.input if name]
-    rule = _RULES.get(node.op_type) if node.domain in _DOMAINS else None
+    rule = _RULES.get(node.op_type) if node.domain in DOMAINS else None
     if node.op_type == "Constant" or (inputs and all(name in twin.constant for name in inputs)):
         twin.constant |= set(node.output)
         _record_weight(twin, node)
@@ -195,3 +195,5 @@ _RULES: dict[str, Callable[[Twin, Any], None]] = {
     "DequantizeLinear": _dequantize,
     **PRODUCTS,
 }
+
+QUANTIZED = frozenset(_RULES)

@@ -46,14 +46,16 @@ def read_file(path: Path, example: Any = None) -> fx.GraphModule:
 
 def _read(path: Path, example: Any) -> fx.GraphModule:
     model = open_model(path)
+    graph = original = graph_of(model, path)
+    check_operators(graph)
     twin, record = float_twin(model, path) if is_quantized(model) else (model, {})
     twin = float32_twin(twin) if other_floats(twin) else twin
-    graph = graph_of(twin, path)
-    check_operators(graph)
+    if twin is not model:
+        graph = graph_of(twin, path)
     inputs, module = _built(graph, example)
     gm = standard(module, graph, Source(twin, graph, path, changed=twin is not model), inputs)
     if record:
-        gm.meta["notes"] += _rounding_left_out(gm, Source(model, graph_of(model, path), path), inputs)
+        gm.meta["notes"] += _rounding_left_out(gm, Source(model, original, path), inputs)
     gm.meta["quantization"] = record
     gm.meta["example"] = inputs
     gm.meta["source"] = f"ONNX file {path.name}, opset {opset(model)}"
