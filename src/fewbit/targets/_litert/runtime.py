@@ -73,12 +73,18 @@ class Session:
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         if len(inputs) != len(self.inputs):
             raise DataError(f"{self.path}: takes {len(self.inputs)} inputs, {len(inputs)} given")
-        if self.batch_is_free or all(
-            tuple(x.shape) == tuple(d["shape"]) for x, d in zip(inputs, self.inputs, strict=True)
-        ):
-            return self.once(inputs)
-        results = [self.once(tuple(x[i : i + 1] for x in inputs)) for i in range(len(inputs[0]))]
-        return [torch.cat(parts) for parts in zip(*results, strict=True)]
+        results = [self.once(piece) for piece in self.pieces(inputs)]
+        return results[0] if len(results) == 1 else [torch.cat(parts) for parts in zip(*results, strict=True)]
+
+    def pieces(self, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """The samples cut into as many as the file takes in one call."""
+        stated = [tuple(d["shape"]) for d in self.inputs]
+        if self.batch_is_free or [tuple(x.shape) for x in inputs] == stated or not stated[0]:
+            return [inputs]
+        step = int(stated[0][0])
+        if len(inputs[0]) % step:
+            raise DataError(f"{self.path}: takes {step} samples at a time, {len(inputs[0])} given")
+        return [tuple(x[i : i + step] for x in inputs) for i in range(0, len(inputs[0]), step)]
 
     def once(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         """One call of the interpreter."""
@@ -156,10 +162,7 @@ def probe(path: Path, inputs: tuple[Tensor, ...], codes: dict[str, str]) -> dict
     """Every tensor in ``codes`` as the reference kernels compute it."""
     session = Session(path, reference=True)
     parts: list[dict[str, Tensor]] = []
-    pieces = [inputs] if session.batch_is_free else [
-        tuple(x[i : i + 1] for x in inputs) for i in range(len(inputs[0]))
-    ]  # fmt: skip
-    for piece in pieces:
+    for piece in session.pieces(inputs):
         session.once(piece)
         found = session.tensors()
         parts.append({value: found[name].to(torch.int32) for value, name in codes.items() if name in found})
