@@ -16,7 +16,7 @@ from pictures import arguments, load
 import fewbit
 
 
-def trained(path: Path, images: np.ndarray, labels: np.ndarray) -> Path:
+def trained(path: Path, images: np.ndarray, labels: np.ndarray, epochs: int) -> Path:
     """A small network for pictures of 0 to 255, in the .h5 format."""
     keras.utils.set_random_seed(0)
     layers = keras.layers
@@ -33,7 +33,7 @@ def trained(path: Path, images: np.ndarray, labels: np.ndarray) -> Path:
         ]
     )
     model.compile("adam", "sparse_categorical_crossentropy")
-    model.fit(images, labels, batch_size=64, verbose=0)
+    model.fit(images, labels, batch_size=64, epochs=epochs, verbose=0)
     model.save(path)
     return path
 
@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     (images, labels), (test_images, test_labels) = load("cifar10", options.data)
     images = images.astype(np.float32)
     limit = 500 if options.quick else 10000
-    path = options.model or trained(options.output / "small.h5", images[:limit], labels[:limit])
+    path = options.model or trained(
+        options.output / "small.h5", images[:limit], labels[:limit], 1 if options.quick else 5
+    )
 
     # ---- full int8, in three lines ----
     model = fewbit.load(path)

@@ -173,6 +173,8 @@ def test_benchmark_takes_a_batch(folder: Path) -> None:
 def test_verify_against_a_saved_model(folder: Path, tmp_path: Path) -> None:
     answer = json.loads(run(folder, "verify", "int8.onnx", "--model", "saved", "--json"))
     assert answer["exact"] and answer["samples"] == 8
+    answer = json.loads(run(folder, "verify", "int8.onnx", "--data", "test.npz", "--json"))
+    assert answer["exact"] and answer["samples"] == 16 and answer["output_total"] == 160
     other = fewbit.quantize(demo.load()[0], np.load(folder / "calibration.npy") * 0.5)
     fewbit.save(other, tmp_path / "other")
     code, _, errors = attempt(folder, "verify", "int8.onnx", "--model", str(tmp_path / "other"))

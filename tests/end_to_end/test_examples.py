@@ -46,8 +46,10 @@ def test_keras_to_tflite(run: Run, keras: Any, tmp_path: Path, capsys: pytest.Ca
     assert [(tmp_path / name).stat().st_size for name in names] == [
         sizes[kind] for kind in ("float", "float16", "int8")
     ]
-    details = fewbit.targets.get_target("litert").open(tmp_path / names[2]).inputs
-    assert details[0]["dtype"] == np.int8  # full integer: the file itself takes codes
+    opened = [fewbit.targets.get_target("litert").open(tmp_path / name) for name in names]
+    assert opened[2].inputs[0]["dtype"] == np.int8  # full integer: the file itself takes codes
+    stored = [{np.dtype(t["dtype"]).name for t in file.it.get_tensor_details()} for file in opened]
+    assert ["float16" in types for types in stored] == [False, True, False]
     x = torch.rand(64, 32, 32, 3) * 255
     given = keras.saving.load_model(tmp_path / "small.h5", compile=False)
     with torch.no_grad():

@@ -67,21 +67,27 @@ def verify(
     model: Annotated[
         Path | None, typer.Option(help="The saved model it was exported from, to compare with that instead.")
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help=".npy or .npz with inputs; by default random ones that cover the range."),
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Run an exported file in its own runtime again and compare it with its integer program.
 
     Examples: `fewbit verify model.int8.onnx`, `fewbit verify model.pte --model saved`
     """
+    from fewbit.data import as_batches
     from fewbit.deploy import verify as run
     from fewbit.model.simulate import QuantizedModel
 
+    inputs = None if data is None else as_batches(str(data), what="test", batch_size=16).peek()[0]
     quantized = None if model is None else model_of(str(model))
     if quantized is not None and not isinstance(quantized, QuantizedModel):
         raise ModelError(
             f"{model}: a float model; expected the folder of a quantized one, as fewbit.save writes it"
         )
-    result = run(file, model=quantized)
+    result = run(file, inputs, model=quantized)
     show(result.to_json(), str(result), as_json)
 
 
