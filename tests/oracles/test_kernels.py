@@ -198,6 +198,13 @@ def check_clip() -> None:
     assert run(op("clip", {"clamp": [20, 77]}), [x], [coding(1, 20)], coding(1, 20)) == expected
 
 
+def check_requantize() -> None:
+    x, xc, yc = codes(2, 40), coding(0.07, 100), coding(0.05, 90)
+    scale = np.float32(xc.scale) / np.float32(yc.scale)
+    expected = [finish(float(np.float32(int(q) - 100) * scale), 90) for q in x.reshape(-1)]
+    assert run(op("requantize"), [x], [xc], yc) == expected
+
+
 def check_pad() -> None:
     result = KERNELS["pad"](
         op("pad", {"pad": [1, 0, 0, 2]}), [torch.tensor([[5, 6]])], [coding(1, 9)], coding(1, 9)
@@ -209,6 +216,7 @@ ORACLES: dict[str, Callable[[], None]] = {
     "conv": check_conv, "linear": check_linear, "matmul": check_matmul, "add": check_add, "mul": check_mul,
     "avg_pool": check_avg_pool, "global_avg_pool": check_global_avg_pool, "concat": check_concat,
     "softmax": check_softmax, "table": check_table, "clip": check_clip, "pad": check_pad,
+    "requantize": check_requantize,
 }  # fmt: skip
 
 
