@@ -234,11 +234,17 @@ def fitting_inputs(program: Program, inputs: tuple[Tensor, ...]) -> tuple[Tensor
 
 
 def random_inputs(program: Program, samples: int = 8) -> tuple[Tensor, ...]:
-    """Inputs that cover the codes of every input of a program (seeded); token inputs stay below the smallest table."""
+    """Inputs that cover the codes of every input of a program (seeded); token inputs stay below the smallest table.
+
+    Free sizes are those of the model's example, which every runtime takes, or else 16.
+    """
     generator = torch.Generator().manual_seed(0)
     found = []
-    for name, shape, dtype in zip(program.inputs, program.input_shapes, program.input_dtypes, strict=True):
-        sizes = [(samples if i == 0 else 16) if s is None else s for i, s in enumerate(shape)]
+    examples = program.example_shapes or [(16,) * len(shape) for shape in program.input_shapes]
+    for name, shape, dtype, example in zip(
+        program.inputs, program.input_shapes, program.input_dtypes, examples, strict=True
+    ):
+        sizes = [(samples if i == 0 else example[i]) if s is None else s for i, s in enumerate(shape)]
         if prod(sizes) > _LARGEST_INPUT:
             raise ArtifactError(
                 f"input {name!r} has {prod(sizes):,} numbers for {samples} samples; give inputs of your own"

@@ -33,7 +33,9 @@ class Builder:
         self.versions: dict[str, int] = {}
         self.index: dict[str, int] = {}
         self.stored: dict[tuple[str, tuple[int, ...], bytes], int] = {}
-        self.plain: dict[tuple[int, tuple[int, ...], str], int] = {}  # constants without scales, by their numbers
+        self.plain: dict[
+            tuple[int, tuple[int, ...], str], int
+        ] = {}  # constants without scales, by their numbers
 
     def tensor(self, name: str, shape: Shape, dtype: str, coding: Coding | None = None) -> str:
         """A tensor that an operator computes, or an input; None marks the free batch axis."""

@@ -150,7 +150,11 @@ def _product(layout: Layout, op: Op) -> None:
 def _linear(layout: Layout, op: Op) -> None:
     """Features last, everything else as it is."""
     stored = op.attrs.get("schemes", {}).get("weight")
-    if stored is not None and Scheme.from_json(stored).spec.integer and Scheme.from_json(stored).spec.bits <= 4:
+    if (
+        stored is not None
+        and Scheme.from_json(stored).spec.integer
+        and Scheme.from_json(stored).spec.bits <= 4
+    ):
         op = dataclasses.replace(op, note=_UNPACKED)
     name = op.inputs[0]
     order = layout.order(name)
