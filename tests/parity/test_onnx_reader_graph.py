@@ -181,6 +181,27 @@ def test_a_graph_that_computes_something_else_is_refused(
         read_file(path)
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_rounding_where_large_numbers_cancel_is_no_difference(
+    wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sum of 4000 large numbers less the same sum in another order: float32 leaves few digits of the rest."""
+    weight = np.abs(_f(4000))
+    nodes = [
+        N("MatMul", ["x", "w"], ["a"]), N("Gather", ["x", "order"], ["turned"], axis=1),
+        N("MatMul", ["turned", "v"], ["b"]), N("Sub", ["a", "b"], ["c"]), N("Add", ["c", "rest"], ["y"]),
+    ]  # fmt: skip
+    order = np.random.default_rng(1).permutation(4000)
+    constants = {"w": weight[:, None], "v": weight[order][:, None], "order": order, "rest": np.float32(0.5)}
+    path = saved(made(nodes, {"x": ("N", 4000)}, ["y"], constants), tmp_path)
+    if wrong:
+        monkeypatch.setitem(OPERATORS, "Sub", lambda c: c.apply(lambda a, b: a - b + 0.01, c[0], c[1]))
+        with pytest.raises(ModelError, match="differs from ONNX Runtime's result"):
+            read_file(path)
+    else:
+        assert any("cancel" in note for note in read_file(path).meta["notes"])
+
+
 def test_several_outputs_are_a_tuple_in_the_files_order(tmp_path: Path) -> None:
     nodes = [N("Relu", ["x"], ["b"]), N("Sigmoid", ["x"], ["a"]), N("Shape", ["x"], ["s"])]
     gm, x = read_file(saved(made(nodes, {"x": ("N", 3)}, ["a", "b", "s"]), tmp_path)), torch.randn(7, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -103,20 +104,43 @@ def outputs(module: nn.Module, example: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def prove(gm: fx.GraphModule, source: Source, example: tuple[Tensor, ...], what: str = "the example") -> None:
-    """ModelError unless the graph computes what the file does, up to 1e-5 of the largest output."""
-    compare(source.run(example), outputs(gm, example), source, what)
+    """ModelError unless the graph computes what the file does on the example; see `compare`."""
+    compare(gm, source.run(example), example, source, what)
 
 
-def compare(expected: list[Tensor], actual: list[Tensor], source: Source, what: str) -> None:
-    """ModelError unless these outputs agree, up to 1e-5 of the largest."""
+def compare(
+    gm: fx.GraphModule, expected: list[Tensor], example: tuple[Tensor, ...], source: Source, what: str
+) -> None:
+    """ModelError unless the graph gives these outputs, up to 1e-5 of the largest.
+
+    Where large numbers cancel, float32 itself is no better than that. The graph in float64 tells how far rounding moves
+    the graph's outputs; a difference of a few times as much, and of at most 1e-3, is rounding too.
+    """
     worst, name = 0.0, ""
+    actual = outputs(gm, example)
     for e, a, output in zip(expected, actual, source.graph.outputs, strict=True):
         off = difference(e, a)
         if off > worst:
             worst, name = off, output
-    if worst > TOLERANCE:
+    if worst <= TOLERANCE:
+        return
+    rounding = _rounding(gm, example, actual)
+    if worst > min(4 * rounding, 1e-3):
         raise ModelError(
             f"{source.path}: what was read differs from ONNX Runtime's result on {what} by {worst:.1e} at output "
             f"{name!r:.80} (relative; expected at most {TOLERANCE:.0e}): the two understand an operator differently; "
             "please report it, and export the model another way"
         )
+    note = "large numbers cancel in its outputs, and rounding to float32 moves them by more than 1e-5"
+    if note not in gm.meta["notes"]:
+        gm.meta["notes"].append(note)
+
+
+def _rounding(gm: fx.GraphModule, example: tuple[Tensor, ...], actual: list[Tensor]) -> float:
+    """How far the outputs are from those in float64; 0 where the graph cannot be run in that."""
+    try:
+        wide = tuple(t.double() if t.is_floating_point() else t for t in example)
+        exact = outputs(copy.deepcopy(gm).double(), wide)
+        return max(difference(e.to(a.dtype), a) for e, a in zip(exact, actual, strict=True))
+    except Exception:
+        return 0.0  # an operator that says float32 itself

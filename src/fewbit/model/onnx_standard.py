@@ -11,7 +11,7 @@ from torch.export import Dim
 from fewbit.errors import ModelError
 from fewbit.model.onnx_build import Network
 from fewbit.model.onnx_graph import Graph
-from fewbit.model.onnx_proof import Source, compare, outputs, prove
+from fewbit.model.onnx_proof import Source, compare, prove
 from fewbit.model.readers import torch as torch_reader
 
 Example = tuple[Tensor, ...]
@@ -98,12 +98,7 @@ def _with_free_batch(module: Network, source: Source, inputs: Example) -> fx.Gra
         halves = [source.run(inputs), source.run(other)]
         if any(e.dim() == 0 or len(e) != batch for e in halves[0]):
             return None
-        compare(
-            [torch.cat(parts) for parts in zip(*halves, strict=True)],
-            outputs(gm, both),
-            source,
-            "two batches",
-        )
+        compare(gm, [torch.cat(parts) for parts in zip(*halves, strict=True)], both, source, "two batches")
         prove(gm, source, inputs)
     except ModelError:
         return None
