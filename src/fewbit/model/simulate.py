@@ -52,14 +52,16 @@ class QTensors(nn.Module):
         super().__init__()
         self._meta = {name: (q.scheme, q.shape) for name, q in tensors.items()}
         for name, q in tensors.items():
-            for part in ("codes", "scale", "zero_point"):
+            for part in ("codes", "scale", "zero_point", "codebook"):
                 self.register_buffer(f"{_key(name)}:{part}", getattr(q, part))
 
     def __getitem__(self, name: str) -> QTensor:
         scheme, shape = self._meta[name]
-        parts = (self._buffers[f"{_key(name)}:{part}"] for part in ("codes", "scale", "zero_point"))
-        codes, scale, zero_point = (p for p in parts if p is not None)
-        return QTensor(codes, scale, zero_point, scheme, shape)
+        codes, scale, zero_point, codebook = (
+            self._buffers[f"{_key(name)}:{part}"] for part in ("codes", "scale", "zero_point", "codebook")
+        )
+        assert codes is not None and scale is not None and zero_point is not None
+        return QTensor(codes, scale, zero_point, scheme, shape, codebook)
 
     def __contains__(self, name: object) -> bool:
         return name in self._meta

@@ -23,6 +23,11 @@ class Format(ABC):
         bits: bits of storage per number.
         integer: whether a code is the normalised value itself, so that zero points and integer kernels apply.
         scaled: whether numbers are divided by a scale first; where not, every scale is 1.
+        learned: whether the values that codes stand for are fitted to each tensor, so that a `QTensor` carries them in
+            a codebook; `encode` and `decode` then do not exist, and `rounding` makes the codes.
+        rounding: the rounding that a plan takes where the recipe names none that this format can use.
+        block: how many numbers must share a scale, where the format itself says so; None where the scheme is free.
+        scale_bits: bits in which one scale is stored.
         qmin, qmax: the smallest and largest normalised value. A symmetric scheme maps max|x| to qmax.
         code_dtype: torch dtype that holds a code.
     """
@@ -31,6 +36,10 @@ class Format(ABC):
     bits: int
     integer: bool
     scaled: bool = True
+    learned: bool = False
+    rounding: str = "nearest"
+    block: int | None = None
+    scale_bits: int = 32
     qmin: float
     qmax: float
     code_dtype: torch.dtype

@@ -19,6 +19,8 @@ class QTensor:
         zero_point: int32 [C].
         scheme: how it was quantized.
         shape: the tensor's shape.
+        codebook: the values that codes stand for before scaling, where the format is learned from the tensor:
+            float32 [T, 2**bits] with T = C (a table per block) or 1 (one for all); otherwise None.
     """
 
     codes: Tensor
@@ -26,6 +28,7 @@ class QTensor:
     zero_point: Tensor
     scheme: Scheme
     shape: tuple[int, ...]
+    codebook: Tensor | None = None
 
     @classmethod
     def quantize(
@@ -52,7 +55,14 @@ class QTensor:
         return cls(encode(x, scale, zero_point, scheme), scale, zero_point, scheme, tuple(x.shape))
 
     @classmethod
-    def from_codes(cls, codes: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> "QTensor":
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        scheme: Scheme,
+        codebook: Tensor | None = None,
+    ) -> "QTensor":
         """A quantized tensor from codes in the tensor's shape. Raises FormatError if its parts do not fit."""
         count = block_count(codes.shape, scheme)
         for name, part in (("scale", scale), ("zero_point", zero_point)):
@@ -66,10 +76,15 @@ class QTensor:
         if codes.is_floating_point() and not bool(torch.isfinite(codes).all()):
             raise FormatError(f"codes hold infinities or NaN: {scheme.format} has finite numbers only")
         codes = codes.to(scheme.spec.code_dtype)
-        return cls(codes, scale.to(torch.float32), zero_point.to(torch.int32), scheme, tuple(codes.shape))
+        shape = tuple(codes.shape)
+        return cls(codes, scale.to(torch.float32), zero_point.to(torch.int32), scheme, shape, codebook)
 
     def dequantize(self) -> Tensor:
         """The values that the codes stand for: float32, in the tensor's shape."""
+        if self.codebook is not None:
+            rows = blocks(self.codes, self.scheme).long()
+            value = self.codebook.expand(len(rows), -1).gather(1, rows)
+            return unblocks(value * self.scale.reshape(-1, 1), self.shape, self.scheme)
         value = self.scheme.spec.decode(self.codes)
         return (value - _spread(self.zero_point, self.shape, self.scheme)) * _spread(
             self.scale, self.shape, self.scheme
@@ -85,7 +100,8 @@ class QTensor:
 
     def to(self, device: torch.device | str) -> "QTensor":
         """The same on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("codes", "scale", "zero_point")}
+        parts = ("codes", "scale", "zero_point", "codebook")
+        moved = {name: part.to(device) for name in parts if (part := getattr(self, name)) is not None}
         return replace(self, **moved)
 
 
