@@ -8,6 +8,7 @@ from torch import nn
 
 import fewbit
 from fewbit.gate import check_file
+from fewbit.model.profiles import PROFILES
 from fewbit.numerics.scheme import Scheme
 from fewbit.plan import Row
 from fewbit.targets import get_target, registry
@@ -16,7 +17,7 @@ FUNCTIONS = (
     "runtime", "adapt", "check", "portable_bounds", "prepare", "write", "open", "open_exact", "describe", "probe",
     "coverage",
 )  # fmt: skip
-RULES = ("f32_even", "q31_double", "q16_single")
+RULES = tuple(PROFILES)
 
 
 def row(kind: str, fmt: str) -> Row:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fewbit.model import kernels, kernels_q31
+from fewbit.model import kernels, kernels_q31, kernels_xnnpack
 from fewbit.model.program import Coding
 
 
@@ -19,5 +19,6 @@ class Profile:
 
 PROFILES: dict[str, Profile] = {
     "f32_even": Profile(kernels.KERNELS, kernels.quantize),
+    "xnnpack": Profile(kernels_xnnpack.KERNELS, kernels.quantize),
     "q31_double": Profile(kernels_q31.KERNELS, kernels_q31.quantize),
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 import onnx
 
 from fewbit.model.program import Program
+from fewbit.model.signed import unsigned_codes
 from fewbit.plan import Row
 from fewbit.targets._onnx.probe import coverage, probe, read_back
 from fewbit.targets._onnx.runtime import open_file, runtime
@@ -25,8 +26,8 @@ def adapt(row: Row) -> Row:
 
 
 def prepare(program: Program) -> Program:
-    """As it is: the lowering was made for these kernels."""
-    return program
+    """The program with unsigned codes: the only ones that its kernels on x86 are fast for."""
+    return unsigned_codes(program)
 
 
 def write(program: Program, path: Path, metadata: dict[str, str]) -> None:

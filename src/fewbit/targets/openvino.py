@@ -18,6 +18,7 @@ from pathlib import Path
 
 from fewbit.errors import TargetError
 from fewbit.model.program import Program
+from fewbit.model.signed import unsigned_codes
 from fewbit.plan import Row
 from fewbit.targets._openvino.probe import coverage, describe, embed, probe
 from fewbit.targets._openvino.runtime import open_file, openvino, runtime
@@ -38,8 +39,8 @@ def adapt(row: Row) -> Row:
 
 
 def prepare(program: Program) -> Program:
-    """As it is: OpenVINO's kernels take uint8 activations and int8 weights, as the lowering gives them."""
-    return program
+    """The program with unsigned codes: OpenVINO's kernels take uint8 activations and int8 weights."""
+    return unsigned_codes(program)
 
 
 def write(program: Program, path: Path, metadata: dict[str, str]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fewbit.model.program import Program
+from fewbit.model.signed import unsigned_codes
 from fewbit.plan import Row
 from fewbit.targets import Kernel, Runner
 from fewbit.targets._pt2e import archive, inductor
@@ -61,8 +62,8 @@ def check(row: Row) -> str | None:
 
 
 def prepare(program: Program) -> Program:
-    """As it is: oneDNN takes uint8 activations and int8 weights, as the lowering gives them."""
-    return program
+    """The program with unsigned codes: oneDNN takes uint8 activations and int8 weights."""
+    return unsigned_codes(program)
 
 
 def write(program: Program, path: Path, metadata: dict[str, str]) -> None:

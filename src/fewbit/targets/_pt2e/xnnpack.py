@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from fewbit.errors import TargetError
 from fewbit.extras import require
@@ -28,9 +29,10 @@ def package(name: str) -> Any:
 
 
 def lowered(program: Program, shapes: Shapes, methods: Methods, codes: Sequence[str] = ()) -> bytes:
-    """The program as a file's bytes: for any number of samples up to a limit, or for one where that fails.
+    """The program as a file's bytes: for any number of samples up to a limit, or for a fixed one where that fails.
 
-    Raises ``TargetError`` with ExecuTorch's own reason where neither works.
+    That is one sample if a batch can be run in pieces, else as many as the example has. Raises ``TargetError`` with
+    ExecuTorch's own reason where neither works.
     """
     module = QdqModule(program, XNNPACK, codes)
     inputs = sample(program, shapes, module)
@@ -38,11 +40,12 @@ def lowered(program: Program, shapes: Shapes, methods: Methods, codes: Sequence[
     try:
         return _lower(module, inputs, shapes, lambda constants: methods(constants, independent))
     except TargetError:
-        one = [(1, *shape[1:]) if shape and shape[0] is None else shape for shape in shapes]
-        if one == shapes:
+        if not any(shape and shape[0] is None for shape in shapes):
             raise
-        single = tuple(x[: shape[0]] if shape else x for x, shape in zip(inputs, one, strict=True))
-        return _lower(module, single, one, lambda constants: methods(constants, independent))
+        count = 1 if independent or not program.example_shapes else program.example_shapes[0][0]
+        fixed = [(count, *shape[1:]) if shape and shape[0] is None else shape for shape in shapes]
+        few = sample(program, fixed, module)
+        return _lower(module, few, fixed, lambda constants: methods(constants, independent))
 
 
 def _independent(module: QdqModule, inputs: tuple[Tensor, ...], shapes: Shapes) -> bool:
@@ -72,6 +75,8 @@ def _lower(
         with quiet(), torch.no_grad():
             edge = exir.to_edge_transform_and_lower(graph, partitioner=[partitioner.XnnpackPartitioner()])
             program = edge.exported_program()
+            if not _left_free(program, shapes):
+                raise RuntimeError("it fixed the number of samples")
             found = methods(_constants(program))
             return bytes(exir.EdgeProgramManager(program, found, unchecked).to_executorch().buffer)
     except Exception as error:
@@ -79,6 +84,13 @@ def _lower(
             f"ExecuTorch cannot lower the quantized model ({first_line(error)}); fix its input sizes by exporting with "
             "an example, or keep the layer in question float"
         ) from error
+
+
+def _left_free(graph: ExportedProgram, shapes: Shapes) -> bool:
+    """Whether the number of samples is free where it should be: some operators fix it without a word."""
+    nodes = [n for n in graph.graph.nodes if n.name in graph.graph_signature.user_inputs]
+    sizes = [n.meta["val"].shape[0] for n, s in zip(nodes, shapes, strict=True) if s and s[0] is None]
+    return all(not isinstance(size, int) and size.node.maybe_as_int() is None for size in sizes)
 
 
 def _constants(program: Any) -> list[Tensor | bytes]:
