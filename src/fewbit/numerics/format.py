@@ -10,6 +10,7 @@ from torch import Tensor
 from fewbit.errors import FormatError
 from fewbit.registry import Registry, nearest
 
+SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: runtimes may flush anything smaller to zero
 _FAMILIES = Registry("fewbit.numerics.formats", "format family", FormatError)
 
 
@@ -26,8 +27,12 @@ class Format(ABC):
         learned: whether the values that codes stand for are fitted to each tensor, so that a `QTensor` carries them in
             a codebook; `encode` and `decode` then do not exist, and `rounding` makes the codes.
         rounding: the rounding that a plan takes where the recipe names none that this format can use.
+        observer: the range estimator that a plan takes where the recipe names none but "minmax".
+        zero: whether zero is one of the values.
+        saturates: whether numbers beyond qmin .. qmax are coded as these; otherwise coding them is an error.
         block: how many numbers must share a scale, where the format itself says so; None where the scheme is free.
         scale_bits: bits in which one scale is stored.
+        tensor_bits: bits stored once per tensor, besides codes, scales and codebook.
         qmin, qmax: the smallest and largest normalised value. A symmetric scheme maps max|x| to qmax.
         code_dtype: torch dtype that holds a code.
     """
@@ -38,8 +43,12 @@ class Format(ABC):
     scaled: bool = True
     learned: bool = False
     rounding: str = "nearest"
+    observer: str = "minmax"
+    zero: bool = True
+    saturates: bool = True
     block: int | None = None
     scale_bits: int = 32
+    tensor_bits: int = 0
     qmin: float
     qmax: float
     code_dtype: torch.dtype
@@ -67,6 +76,18 @@ class Format(ABC):
         """The nearest representable normalised values: float32, in v's shape. Override it to be faster."""
         return self.decode(self.encode(v))
 
+    def scales(self, span: Tensor, top: Tensor | float) -> Tensor:
+        """Scales of all blocks of a tensor, each so that its `span` falls on the normalised value `top`.
+
+        Args:
+            span: float64 [C], finite and not negative; a block of span 0 has scale 1.
+            top: above zero.
+
+        Returns:
+            float32 [C], normal numbers above zero.
+        """
+        return stored_scales(span / top)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Format) and self.name == other.name
 
@@ -75,6 +96,12 @@ class Format(ABC):
 
     def __repr__(self) -> str:
         return f"Format({self.name})"
+
+
+def stored_scales(scale: Tensor) -> Tensor:
+    """float64 scales as normal float32 numbers; the scale of an empty range is 1."""
+    scale = torch.where(scale == 0, 1.0, scale)
+    return scale.clamp(min=SMALLEST_SCALE).to(torch.float32)
 
 
 @cache

@@ -75,7 +75,10 @@ class QTensor:
                 raise FormatError(f"codes run from {low} to {high}: this {scheme.format} scheme has {limits}")
         if codes.is_floating_point() and not bool(torch.isfinite(codes).all()):
             raise FormatError(f"codes hold infinities or NaN: {scheme.format} has finite numbers only")
+        _check_codebook(codebook, scheme, count)
         codes = codes.to(scheme.spec.code_dtype)
+        if not scheme.spec.learned and not bool(torch.isfinite(scheme.spec.decode(codes)).all()):
+            raise FormatError(f"codes hold some that {scheme.format} gives no value: the file is damaged")
         shape = tuple(codes.shape)
         return cls(codes, scale.to(torch.float32), zero_point.to(torch.int32), scheme, shape, codebook)
 
@@ -92,11 +95,13 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes when stored densely: packed codes, float32 scales if any, and zero points if affine."""
-        bits = self.scheme.spec.bits
-        scales = 4 * self.scale.numel() if self.scheme.spec.scaled else 0
-        zero_points = 0 if self.scheme.symmetric else self.zero_point.numel() * -(-bits // 8)
-        return -(-self.codes.numel() * bits // 8) + scales + zero_points
+        """Bytes when stored densely: packed codes, scales if any, zero points if affine, a float16 codebook."""
+        spec = self.scheme.spec
+        scales = self.scale.numel() * spec.scale_bits if spec.scaled else 0
+        zero_points = 0 if self.scheme.symmetric else 8 * self.zero_point.numel() * -(-spec.bits // 8)
+        codebook = 0 if self.codebook is None else 16 * self.codebook.numel()
+        parts = (self.codes.numel() * spec.bits, scales + spec.tensor_bits, zero_points, codebook)
+        return sum(-(-bits // 8) for bits in parts)
 
     def to(self, device: torch.device | str) -> "QTensor":
         """The same on another device."""
@@ -113,9 +118,13 @@ def normalise(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> T
     other way. The division is a float32 division, as in ONNX QuantizeLinear; a product with 1 / scale rounds
     differently. Shapes as in `fake_quantize`.
     """
-    v = x / _spread(scale, x.shape, scheme)
+    return _normalise(x, _spread(scale, x.shape, scheme), _spread(zero_point, x.shape, scheme), scheme)
+
+
+def _normalise(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
+    v = x / scale
     if scheme.spec.integer:
-        v = torch.round(v) + _spread(zero_point, x.shape, scheme)
+        v = torch.round(v) + zero_point
     return v.clamp(scheme.qmin, scheme.qmax)
 
 
@@ -128,7 +137,7 @@ def encode(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tens
     if bool(bad.any()):
         index = tuple(torch.nonzero(bad)[0].tolist())
         raise FormatError(f"NaN at index {index} has no code: remove it from the tensor")
-    if not scheme.spec.scaled and bool((bad := x.abs() > scheme.qmax).any()):
+    if not scheme.spec.saturates and bool((bad := x.abs() > scheme.qmax).any()):
         index = tuple(torch.nonzero(bad)[0].tolist())
         raise FormatError(
             f"{float(x[index]):.6g} at index {index} is beyond {scheme.format}, which has no scale and ends at "
@@ -147,10 +156,36 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) 
     Returns:
         float32 in x's shape; equal to the dequantized QTensor with the same scale and zero point.
     """
-    v = normalise(x, scale, zero_point, scheme)
-    if not scheme.spec.integer:
-        return scheme.spec.nearest(v) * _spread(scale, x.shape, scheme)
-    return (v - _spread(zero_point, x.shape, scheme)) * _spread(scale, x.shape, scheme)
+    return _fake_quantize(x, _spread(scale, x.shape, scheme), _spread(zero_point, x.shape, scheme), scheme)
+
+
+def fake_quantize_rows(rows: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
+    """`fake_quantize` of a tensor given as its blocks: rows float32 [C, any], scale and zero_point [C]."""
+    return _fake_quantize(rows, scale.reshape(-1, 1), zero_point.reshape(-1, 1), scheme)
+
+
+def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
+    v = _normalise(x, scale, zero_point, scheme)
+    value = v - zero_point if scheme.spec.integer else scheme.spec.nearest(v)
+    return value * scale
+
+
+def _check_codebook(codebook: Tensor | None, scheme: Scheme, count: int) -> None:
+    spec = scheme.spec
+    if (codebook is not None) != spec.learned:
+        has = "has" if codebook is not None else "lacks"
+        raise FormatError(
+            f"a tensor of {scheme.format} {has} a codebook: learned formats have one, no others"
+        )
+    if codebook is None:
+        return
+    if codebook.dim() != 2 or codebook.shape[0] not in (1, count) or codebook.shape[1] != 2**spec.bits:
+        raise FormatError(
+            f"codebook has shape {tuple(codebook.shape)}: {scheme.format} needs ({count}, {2**spec.bits}), "
+            f"or (1, {2**spec.bits})"
+        )
+    if not bool(torch.isfinite(codebook).all()):
+        raise FormatError("codebook holds infinities or NaN: the file is damaged")
 
 
 def _spread(per_block: Tensor, shape: tuple[int, ...] | torch.Size, scheme: Scheme) -> Tensor:

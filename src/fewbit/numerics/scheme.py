@@ -18,7 +18,6 @@ from fewbit.registry import nearest
 
 Granularity = Literal["tensor", "channel", "group"]
 _GRANULARITIES = ["tensor", "channel", "group"]
-_SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: runtimes may flush anything smaller to zero
 # A zero point is rounded, so the last code can decode to half a step beyond its bound: half of float32's
 # range is left free, so that no code ever decodes to infinity.
 _LARGEST_BOUND = torch.finfo(torch.float32).max / 2
@@ -67,9 +66,15 @@ class Scheme:
             raise FormatError(
                 f"format {self.format!r} has no zero point: use symmetric=True, or an integer format"
             )
-        if self.narrow and spec.qmin >= 0:
+        if self.narrow and (spec.qmin >= 0 or spec.qmax <= 0):
             raise FormatError(
-                f"narrow=True drops the most negative code, and {self.format!r} has none: use narrow=False"
+                f"narrow=True drops the most negative code, and {self.format!r} has none to spare: use narrow=False"
+            )
+        if spec.block is not None and self.group_size != spec.block:
+            raise FormatError(
+                f"format {self.format!r} has one scale for every {spec.block} numbers, found granularity "
+                f"{self.granularity!r} with group_size {self.group_size}: "
+                f"use granularity='group' and group_size={spec.block}"
             )
 
     @cached_property
@@ -200,18 +205,14 @@ def _qparams(lo: Tensor, hi: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     lo = lo.clamp(-_LARGEST_BOUND, 0.0)
     hi = hi.clamp(0.0, _LARGEST_BOUND)
     if not scheme.symmetric:
-        scale = _rounded((hi - lo) / (scheme.qmax - scheme.qmin))
+        scale = scheme.spec.scales(hi - lo, scheme.qmax - scheme.qmin)
         zero_point = torch.round(scheme.qmin - lo / scale.to(torch.float64)).clamp(scheme.qmin, scheme.qmax)
         return scale, zero_point.to(torch.int32)
     span = torch.maximum(-lo, hi)
     if scheme.spec.qmin < 0 or not scheme.spec.integer:
-        return _rounded(span / scheme.qmax), torch.zeros_like(lo, dtype=torch.int32)
+        top = scheme.qmax or -scheme.qmin  # int1 has nothing above zero
+        return scheme.spec.scales(span, top), torch.zeros_like(lo, dtype=torch.int32)
     middle = 2.0 ** (scheme.spec.bits - 1)
     zero_point = torch.where(lo < 0, middle, 0.0)
-    return _rounded(span / (scheme.qmax - zero_point)), zero_point.to(torch.int32)
-
-
-def _rounded(scale: Tensor) -> Tensor:
-    """float64 scales as normal float32 numbers; the scale of an empty range is 1."""
-    scale = torch.where(scale == 0, 1.0, scale)
-    return scale.clamp(min=_SMALLEST_SCALE).to(torch.float32)
+    top = torch.where(zero_point < scheme.qmax, scheme.qmax - zero_point, zero_point)  # uint1 again
+    return scheme.spec.scales(span, top), zero_point.to(torch.int32)

@@ -4,13 +4,11 @@ Nagel et al., "A White Paper on Neural Network Quantization" (arXiv 2106.08295),
 Banner et al., "Post training 4-bit quantization of convolutional networks" (arXiv 1810.05723).
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from fewbit.numerics.clipping import search_clipping
-from fewbit.numerics.qtensor import fake_quantize
+from fewbit.numerics.qtensor import fake_quantize_rows
 from fewbit.numerics.scheme import qparams
 from fewbit.observers import HistogramObserver
 
@@ -22,9 +20,10 @@ class Observer(HistogramObserver):
     """Saturating range: least sum of count * (x - Q(x))**2 over the histogram; Q is the quantizer."""
 
     def _estimate(self) -> tuple[Tensor, Tensor]:
-        points, counts = self._points(), self.histogram.nonzero_counts().to(torch.float64)
-        lo, hi = self.histogram.lo.clamp(max=0), self.histogram.hi.clamp(min=0)
-        each = replace(self.scheme, granularity="channel", axis=0, group_size=None)
+        seen = self.histogram
+        points = self._points()
+        counts = (seen.nonzero_counts() if self.scheme.spec.zero else seen.counts).to(torch.float64)
+        lo, hi = seen.lo.clamp(max=0), seen.hi.clamp(min=0)
 
         def loss(low: Tensor, high: Tensor) -> Tensor:
             step = max(1, _CELLS // (low.shape[1] * points.shape[1]))
@@ -33,8 +32,8 @@ class Observer(HistogramObserver):
                 part = slice(start, start + step)
                 shape = (*low[part].shape, points.shape[1])
                 x = points[part].unsqueeze(1).expand(shape).reshape(-1, points.shape[1])
-                scale, zero_point = qparams(low[part].reshape(-1), high[part].reshape(-1), each)
-                error = (fake_quantize(x, scale, zero_point, each) - x).square_().reshape(shape)
+                scale, zero_point = qparams(low[part].reshape(-1), high[part].reshape(-1), self.scheme)
+                error = (fake_quantize_rows(x, scale, zero_point, self.scheme) - x).square_().reshape(shape)
                 sums.append(torch.einsum("ckb,cb->ck", error.to(torch.float64), counts[part]))
             return torch.cat(sums)
 

@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fewbit.errors import FormatError, PlanError, RecipeError
-from fewbit.numerics.format import get_format
+from fewbit.numerics.codebooks import check_codebook
+from fewbit.numerics.format import Format, get_format
 from fewbit.numerics.scheme import Granularity, Scheme, block_count
 from fewbit.plan.plan import DERIVED, Plan, Row, Site
 from fewbit.plan.recipe import Recipe, Rule
@@ -95,11 +96,25 @@ def _decide(recipe: Recipe, site: Site) -> Row:
     if scheme is None:
         return dataclasses.replace(row, because=because if settings.because else f"float: {because}")
     if site.kind == "weight":
-        observer, rounding = settings.weight_observer, settings.rounding
+        observer, rounding, note = _weight_means(settings, scheme)
+        because += note
     else:
         observed = not scheme.dynamic and not site.constraint.startswith("fixed")
         observer, rounding = (settings.observer if observed else None), None
     return dataclasses.replace(row, scheme=scheme, observer=observer, rounding=rounding, because=because)
+
+
+def _weight_means(settings: _Settings, scheme: Scheme) -> tuple[str, str, str]:
+    """Range estimator and rounding: the format's own where the recipe has the defaults; and a remark on that."""
+    spec, observer, rounding = scheme.spec, settings.weight_observer, settings.rounding
+    note = ""
+    if spec.learned:
+        observer = "minmax"  # nothing saturates: the table is fitted to all numbers
+    elif observer == "minmax" != spec.observer:
+        observer, note = spec.observer, f"; {spec.name} takes its scales from {spec.observer}"
+    if rounding == "nearest" != spec.rounding:
+        rounding, note = spec.rounding, f"{note}; {spec.name} is rounded by {spec.rounding}"
+    return observer, rounding, note
 
 
 def _weight_scheme(settings: _Settings, site: Site) -> Scheme | None:
@@ -109,8 +124,11 @@ def _weight_scheme(settings: _Settings, site: Site) -> Scheme | None:
     symmetric = settings.weight_symmetric or not spec.integer  # only integers have a zero point
     # Symmetric codes leave out -2**(b-1): it has no positive twin, and kernels that add two products in
     # 16 bits rely on its absence. Unsigned codes have no such extreme.
-    narrow = symmetric and spec.integer and spec.qmin < 0
+    narrow = symmetric and spec.integer and spec.qmin < 0 < spec.qmax
     granularity: Granularity = settings.granularity if spec.scaled else "tensor"
+    if spec.block is not None:
+        settings = _in_blocks(settings, spec, site)
+        granularity = "group"
     if granularity != settings.granularity == "group":
         raise PlanError(
             f"layer '{site.layer}': {spec.name} has no scales to give to groups: leave out group_size"
@@ -119,9 +137,21 @@ def _weight_scheme(settings: _Settings, site: Site) -> Scheme | None:
     try:
         scheme = Scheme(settings.weights, granularity, site.axis, size, symmetric, narrow=narrow)
         block_count(site.shape, scheme)
+        if spec.learned:
+            check_codebook(site.shape, scheme)
     except FormatError as error:
         raise PlanError(f"layer '{site.layer}': {error}") from error
     return scheme
+
+
+def _in_blocks(settings: _Settings, spec: Format, site: Site) -> _Settings:
+    """The settings with the format's own group size. Raises PlanError where the recipe asks for another."""
+    if settings.group_size not in (None, spec.block):
+        raise PlanError(
+            f"layer '{site.layer}': group_size is {settings.group_size}, but {spec.name} has one scale for every "
+            f"{spec.block} numbers: leave out group_size"
+        )
+    return _Settings(settings.values | {"granularity": "group", "group_size": spec.block})
 
 
 def _activation_scheme(settings: _Settings, site: Site) -> Scheme | None:
@@ -134,6 +164,12 @@ def _activation_scheme(settings: _Settings, site: Site) -> Scheme | None:
     if dynamic and site.kind == "output":
         return None  # a range taken at run time serves the layer that reads it, and nothing reads an output
     spec = get_format("int8" if dynamic else name)
+    if spec.block is not None or spec.learned:
+        what = "shares scales among blocks of numbers" if spec.block else "is fitted to each tensor"
+        raise PlanError(
+            f"layer '{site.layer}': {spec.name} {what}, which activations, whose one scale is fixed, cannot have: "
+            "use it for weights, and for activations a format such as int8 or float8_e4m3"
+        )
     return Scheme(spec.name, symmetric=settings.activation_symmetric or not spec.integer, dynamic=dynamic)
 
 

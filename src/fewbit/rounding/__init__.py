@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fewbit.errors import CalibrationError
+from fewbit.errors import CalibrationError, FormatError
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme
 from fewbit.registry import Registry
@@ -21,6 +21,11 @@ def rounding_names() -> list[str]:
 def required_statistics(name: str) -> frozenset[str]:
     """What calibration must collect for this rounding. Raises RecipeError for an unknown name."""
     return registry.module(name).STATISTICS
+
+
+def makes_codebooks(name: str) -> bool:
+    """Whether this rounding is for formats that are learned from each tensor, and for no others (``LEARNED``)."""
+    return getattr(registry.module(name), "LEARNED", False)
 
 
 def round_weight(
@@ -43,8 +48,15 @@ def round_weight(
     Raises:
         RecipeError: unknown rounding.
         CalibrationError: a statistic is missing.
+        FormatError: the rounding cannot make codes of this format.
     """
     module = registry.module(name)
+    if scheme.spec.learned != makes_codebooks(name):
+        can = "learned formats only, such as codebook4" if makes_codebooks(name) else "fixed formats only"
+        raise FormatError(
+            f"rounding {name!r} makes codes of {can}, found {scheme.format}: "
+            f"use rounding={scheme.spec.rounding!r} or another format"
+        )
     given = dict(statistics or {})
     missing = sorted(module.STATISTICS - given.keys())
     if missing:

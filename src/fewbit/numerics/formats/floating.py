@@ -19,6 +19,7 @@ class Floating(Format):
 
     integer = False
     scaled = False
+    saturates = False  # a weight beyond float16 is a fault of the model, not something to clip
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -1,4 +1,4 @@
-"""Integers of 2 to 16 bits, `int<N>` (two's complement) and `uint<N>`: a code is the number itself."""
+"""Integers of 1 to 16 bits, `int<N>` (two's complement) and `uint<N>`: a code is the number itself."""
 
 import re
 
@@ -10,7 +10,9 @@ from fewbit.numerics.format import Format
 
 PATTERN = r"(u?)int([1-9][0-9]{0,2})"
 EXAMPLES = tuple(
-    f"{sign}int{bits}" for bits in (8, 4, 2, 3, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16) for sign in ("", "u")
+    f"{sign}int{bits}"
+    for bits in (8, 4, 2, 1, 3, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16)
+    for sign in ("", "u")
 )
 
 
@@ -44,10 +46,10 @@ class Integer(Format):
 
 
 def make(match: re.Match[str]) -> Format:
-    """The integer format of a name. Raises FormatError if its number of bits is not 2 to 16."""
+    """The integer format of a name. Raises FormatError if its number of bits is not 1 to 16."""
     bits = int(match[2])
-    if not 2 <= bits <= 16:
+    if not 1 <= bits <= 16:
         raise FormatError(
-            f"format {match[0]!r} has {bits} bits: integer formats have 2 to 16 bits, e.g. 'int8'"
+            f"format {match[0]!r} has {bits} bits: integer formats have 1 to 16 bits, e.g. 'int8'"
         )
     return Integer(bits, signed=not match[1])

@@ -1,0 +1,26 @@
+"""k-means clustering of weights: codebooks with the least squared error, weighted by importance where it is known.
+
+Han et al., "Deep Compression" (arXiv 1510.00149); importance as in Choi et al., "Towards the Limit of Network
+Quantization" (arXiv 1612.01543).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fewbit.numerics.clustering import cluster
+from fewbit.numerics.codebooks import fit_codebook
+from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.scheme import Scheme
+
+STATISTICS: frozenset[str] = frozenset()
+LEARNED = True
+
+
+def round(weight: Tensor, scheme: Scheme, lo: Tensor, hi: Tensor, statistics: Mapping[str, Any]) -> QTensor:
+    """Codes and codebook of a weight; ranges do not matter, because nothing saturates.
+
+    statistics: optionally "importance", a float tensor in the weight's shape.
+    """
+    return fit_codebook(weight, scheme, cluster, statistics.get("importance"))
