@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -75,6 +75,23 @@ class Format(ABC):
     def nearest(self, v: Tensor) -> Tensor:
         """The nearest representable normalised values: float32, in v's shape. Override it to be faster."""
         return self.decode(self.encode(v))
+
+    @cached_property
+    def unit(self) -> float | None:
+        """What all values are whole multiples of, from -128 to 127 times, so that integers can stand for them; or None.
+
+        Exact: a value is float32(multiple * unit). Formats of more than 8 bits have none, nor have learned ones.
+        """
+        if self.learned or self.bits > 8:
+            return None
+        values = self.decode(self.codes()).to(torch.float64)
+        if not bool(values.any()):
+            return 1.0
+        unit = float(values[values != 0].abs().min())
+        counts = torch.round(values / unit)
+        small = bool((counts >= -128).all() and (counts <= 127).all())
+        exact = torch.equal((counts * unit).to(torch.float32), values.to(torch.float32))
+        return unit if small and exact else None
 
     def scales(self, span: Tensor, top: Tensor | float) -> Tensor:
         """Scales of all blocks of a tensor, each so that its `span` falls on the normalised value `top`.
