@@ -14,13 +14,15 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fewbit.errors import ArtifactError, FewbitError, ModelError
+from fewbit.evaluation.size import DENSE
 from fewbit.model.lowering import lower
 from fewbit.model.readers import read_path
 from fewbit.model.serialize import describe, rebuild
 from fewbit.model.simulate import QuantizedModel
 from fewbit.targets import registry as targets
 
-VERSION = 1
+VERSION = 2
+_READABLE = (1, 2)  # in version 1, codes were never entropy-coded
 MODEL, WEIGHTS = "model.json", "model.safetensors"
 _MARK = "fewbit_model"
 _LARGEST_DESCRIPTION = 256 * 2**20
@@ -29,8 +31,8 @@ _LARGEST_DESCRIPTION = 256 * 2**20
 def save(model: nn.Module, folder: str | Path) -> Path:
     """Write a quantized model, or a graph that ``fewbit.load`` gave, to ``folder``; returns the folder.
 
-    Weights are stored as packed codes and scales. The folder appears whole or not at all; one that fewbit wrote
-    before is replaced, any other is left alone.
+    Weights are stored as codes, packed or entropy-coded, with their scales and codebooks. The folder appears whole or
+    not at all; one that fewbit wrote before is replaced, any other is left alone.
 
     Raises ``ModelError`` for a model that cannot be saved and ``ArtifactError`` where the folder cannot be written.
     """
@@ -42,8 +44,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     _check_replaceable(folder)
     from safetensors.torch import save as to_bytes
 
-    data, tensors = describe(model)
-    weights = to_bytes(tensors)
+    data, tensors, dense = describe(model)
+    weights = to_bytes(tensors, {DENSE: json.dumps(dense)})
     text = _json(data)
     header = {_MARK: VERSION, "weights": _digest(weights), "model_digest": _digest(text), "model": data}
     temporary = ""
@@ -99,9 +101,9 @@ def _load(path: Path) -> QuantizedModel | GraphModule:
         ) from error
     if not isinstance(header, dict) or _MARK not in header:
         raise ArtifactError(f"{path / MODEL}: not a description that fewbit.save wrote")
-    if header[_MARK] != VERSION:
+    if header[_MARK] not in _READABLE:
         raise ArtifactError(
-            f"{path / MODEL}: version {header[_MARK]!r:.40} found, {VERSION} expected; save the model again"
+            f"{path / MODEL}: version {header[_MARK]!r:.40} found, at most {VERSION} expected; save the model again"
         )
     data = header["model"]
     if _digest(_json(data)) != header["model_digest"]:

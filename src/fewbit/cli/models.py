@@ -63,7 +63,9 @@ def inspect(
     description = _description(model)
     if description is None:
         plan = _plan_of(model, recipe, target, weights, shape)
-        show(plan.to_json(), str(plan), as_json)
+        saved = _saved_size(model)
+        show(plan.to_json() | ({"size": saved.to_json()} if saved else {}),
+             str(plan) + (f"\n{str(saved).splitlines()[-1]}" if saved else ""), as_json)  # fmt: skip
     elif as_json:
         show(description, "", as_json)
     else:
@@ -86,6 +88,13 @@ def _description(name: str) -> dict[str, Any] | None:
         # Most ONNX files are float models that fewbit did not write: those are planned.
         print(f"note: {error}; read as a model instead", file=sys.stderr)
         return None
+
+
+def _saved_size(name: str) -> Any:
+    """Bytes of a folder that fewbit saved, by tensor; None for anything else."""
+    from fewbit.evaluation.size import size_by_tensor
+
+    return size_by_tensor(name) if Path(name).is_dir() else None
 
 
 def _plan_of(name: str, recipe: str, target: str, weights: Path | None, shape: str) -> Any:

@@ -1,8 +1,9 @@
 """Bytes by tensor: of an ONNX file, of safetensors, of a module in memory."""
 
+import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,21 @@ from fewbit.errors import ArtifactError
 # Widths below a byte are stored densely, two or more to a byte.
 _ONNX_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2, "BOOL": 8}
 
+DENSE = "fewbit.dense"  # of a safetensors file's metadata: bytes before entropy coding, by tensor, as JSON
+
 
 @dataclass(frozen=True)
 class TensorSize:
-    """One stored tensor: its name, dtype and shape, and the bytes that it takes."""
+    """One stored tensor: its name, dtype and shape, and the bytes that it takes.
+
+    ``dense``: of entropy-coded codes, the bytes that they would take in as many bits as their format has.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    dense: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,14 @@ class Sizes:
 
     def __str__(self) -> str:
         width = max((len(each.name) for each in self.tensors), default=5)
-        rows = [f"{x.name:<{width}}  {x.nbytes:>12,}  {x.dtype} {list(x.shape)}" for x in self.tensors]
-        file = "" if self.file is None else f"; file {self.file:,}"
+        rows = [
+            f"{x.name:<{width}}  {x.nbytes:>12,}  {x.dtype} {list(x.shape)}"
+            + ("" if x.dense is None else f", {x.dense:,} before entropy coding")
+            for x in self.tensors
+        ]
+        saved = sum(x.dense - x.nbytes for x in self.tensors if x.dense is not None)
+        file = f"; {self.total + saved:,} before entropy coding" if saved else ""
+        file += "" if self.file is None else f"; file {self.file:,}"
         return "\n".join([*rows, f"{'total':<{width}}  {self.total:>12,} bytes{file}"])
 
 
@@ -102,8 +115,10 @@ def _of_safetensors(path: Path) -> list[TensorSize]:
 
     try:
         with safe_open(path, framework="pt") as stored:
-            return [_of_tensor(name, stored.get_tensor(name)) for name in stored.keys()]  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+            dense = json.loads((stored.metadata() or {}).get(DENSE, "{}"))
+            found = [_of_tensor(name, stored.get_tensor(name)) for name in stored.keys()]  # noqa: SIM118
+        return [replace(each, dense=int(dense[each.name])) if each.name in dense else each for each in found]
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{str(path)!r} is not a readable safetensors file ({error})") from None
 
 

@@ -1,4 +1,4 @@
-"""Quantize steps and packed codes, read from files that nobody vouches for."""
+"""Quantize steps and quantized weights as tensors of a file, and read from files that nobody vouches for."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +8,13 @@ from torch import Tensor
 
 from fewbit.errors import ArtifactError
 from fewbit.model.simulate import FakeQuantize
+from fewbit.numerics.entropy_coding import entropy_decode, entropy_encode
 from fewbit.numerics.packing import pack, packed_size, unpack
 from fewbit.numerics.qtensor import QTensor
-from fewbit.numerics.scheme import Scheme
+from fewbit.numerics.scheme import Scheme, block_count
 
 LARGEST_NUMBER = 2**40
+_FEW = 256  # scales that an index of 8 bits can tell apart
 
 
 def read_quantizer(name: str, data: Mapping[str, Any], state: Mapping[str, Tensor]) -> FakeQuantize:
@@ -30,36 +32,90 @@ def check_scale(name: str, scale: Tensor) -> None:
         raise ArtifactError(f"{name}: a scale is not a positive float32 number")
 
 
-def _signed(scheme: Scheme) -> bool:
-    return scheme.spec.qmin < 0 if scheme.spec.integer else scheme.spec.code_dtype.is_signed
+def pack_weight(q: QTensor) -> dict[str, Tensor]:
+    """A quantized tensor as the tensors of a file, each in the smallest lossless form, by what they are.
+
+    Either "codes" (dense bits) or "entropy_codes" (``entropy_encode``); "scale", or "scale_values" where they are few
+    and "scale_codes" or "scale_entropy_codes" say which one each block has; "zero_point" unless all are zero;
+    "codebook" where the format is learned, in float16 where that is exact.
+    """
+    parts = _pack_codes(q.codes, q.scheme.spec.bits, "") | _pack_scale(q.scale)
+    if bool(q.zero_point.any()):
+        parts["zero_point"] = q.zero_point
+    if q.codebook is not None:
+        half = q.codebook.to(torch.float16)
+        parts["codebook"] = half if torch.equal(half.to(torch.float32), q.codebook) else q.codebook
+    return parts
 
 
-def _whole(scheme: Scheme) -> bool:
-    """Whether codes in memory are what is stored: whole bytes without unused bits."""
-    return scheme.spec.code_dtype.itemsize * 8 == scheme.spec.bits
-
-
-def pack_codes(q: QTensor) -> Tensor:
-    """Codes as dense bytes, uint8 [n]."""
-    if _whole(q.scheme):
-        return q.codes.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return pack(q.codes, q.scheme.spec.bits)
-
-
-def unpack_codes(
-    data: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme, shape: tuple[int, ...]
-) -> QTensor:
-    """The inverse of ``pack_codes``; ValueError where bytes, shape and scheme do not fit together."""
+def unpack_weight(name: str, parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, ...]) -> QTensor:
+    """The inverse of ``pack_weight``; FewbitError or ValueError where parts, shape and scheme do not fit together."""
     count = 1
     for size in shape:
         if type(size) is not int or not 0 <= size <= LARGEST_NUMBER:
             raise ValueError(f"{size!r:.40} is no size")
         count *= size
-    bits = scheme.spec.bits
+    codes = _unpack_codes(parts, "", scheme.spec.code_dtype, scheme.spec.bits, _signed(scheme), count)
+    scale = _unpack_scale(parts, block_count(shape, scheme))
+    check_scale(name, scale)
+    zero_point = parts.get("zero_point", torch.zeros_like(scale, dtype=torch.int32))
+    codebook = parts["codebook"].to(torch.float32) if "codebook" in parts else None
+    return QTensor.from_codes(codes.reshape(shape), scale, zero_point, scheme, codebook)
+
+
+def dense_bytes(q: QTensor) -> int:
+    """Bytes of the codes without entropy coding."""
+    return packed_size(q.codes.numel(), q.scheme.spec.bits)
+
+
+def _signed(scheme: Scheme) -> bool:
+    return scheme.spec.qmin < 0 if scheme.spec.integer else scheme.spec.code_dtype.is_signed
+
+
+def _pack_codes(codes: Tensor, bits: int, prefix: str) -> dict[str, Tensor]:
+    whole = codes.dtype.itemsize * 8 == bits  # codes in memory are then what is stored
+    flat = codes.detach().cpu().contiguous().reshape(-1)
+    dense = flat.view(torch.uint8) if whole else pack(flat, bits)
+    wide = flat.to(torch.int16) if codes.dtype == torch.int32 else flat  # codes of uint9 to uint16
+    coded = entropy_encode(wide)
+    if coded.numel() < dense.numel():
+        return {f"{prefix}entropy_codes": coded}
+    return {f"{prefix}codes": dense}
+
+
+def _unpack_codes(
+    parts: Mapping[str, Tensor], prefix: str, dtype: torch.dtype, bits: int, signed: bool, count: int
+) -> Tensor:
+    narrow = torch.int16 if dtype == torch.int32 else dtype
+    coded = parts.get(f"{prefix}entropy_codes")
+    if coded is not None:
+        if coded.dtype != torch.uint8 or coded.dim() != 1:
+            raise ValueError(f"entropy-coded codes are {coded.dtype} of {coded.dim()} dimensions")
+        codes = entropy_decode(coded, narrow, count)
+        codes = codes.to(torch.int32) & (2**16 - 1) if narrow != dtype else codes
+        if not codes.is_floating_point() and count and int(codes.max()) >= 2 ** (bits - signed):
+            raise ValueError(f"a code has more than {bits} bits")
+        return codes
+    data = parts[f"{prefix}codes"]
     if data.dtype != torch.uint8 or data.dim() != 1 or data.numel() != packed_size(count, bits):
         raise ValueError(f"{data.numel()} bytes are not {count} codes of {bits} bits")
-    if _whole(scheme):
-        codes = data.clone().view(scheme.spec.code_dtype)
-    else:
-        codes = unpack(data, bits, _signed(scheme), count)
-    return QTensor.from_codes(codes.reshape(shape), scale, zero_point, scheme)
+    if dtype.itemsize * 8 == bits:
+        return data.clone().view(dtype)
+    return unpack(data, bits, signed, count).to(dtype)
+
+
+def _pack_scale(scale: Tensor) -> dict[str, Tensor]:
+    values, index = scale.unique(return_inverse=True)
+    if len(values) > _FEW or 4 * len(values) + len(scale) >= 4 * len(scale):
+        return {"scale": scale}
+    return {"scale_values": values} | _pack_codes(index.to(torch.uint8), 8, "scale_")
+
+
+def _unpack_scale(parts: Mapping[str, Tensor], count: int) -> Tensor:
+    if "scale" in parts:
+        return parts["scale"]
+    values = parts["scale_values"]
+    index = _unpack_codes(parts, "scale_", torch.uint8, 8, False, count)
+    if values.dim() != 1 or not len(values) or int(index.max()) >= len(values):
+        raise ValueError("a block's scale is not among the scales")
+    return values[index.long()]

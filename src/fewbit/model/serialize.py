@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from fewbit.errors import ArtifactError, ModelError
 from fewbit.model import reference
 from fewbit.model.arguments import DTYPES, decode, encode
-from fewbit.model.packed import LARGEST_NUMBER, check_scale, pack_codes, read_quantizer, unpack_codes
+from fewbit.model.packed import LARGEST_NUMBER, dense_bytes, pack_weight, read_quantizer, unpack_weight
 from fewbit.model.program import aten
 from fewbit.model.simulate import DynamicFakeQuantize, FakeQuantize, QuantizedModel
 from fewbit.model.symbols import Sizes, decode_value, encode_value
@@ -30,24 +30,9 @@ from fewbit.plan.plan import Plan
 LAYERS = frozenset(
     [*reference.MODULES, *["Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"]]
 )
-_NAMES = [
-    "getitem",
-    "add",
-    "sub",
-    "mul",
-    "floordiv",
-    "truediv",
-    "mod",
-    "neg",
-    "pow",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-]
-_PYTHON = {f"operator.{name}": getattr(python_operator, name) for name in _NAMES}
+_NAMES = ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow")
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+_PYTHON = {f"operator.{name}": getattr(python_operator, name) for name in (*_NAMES, *_COMPARISONS)}
 _PYTHON_NAME = {function: name for name, function in _PYTHON.items()}
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,999}")
 _PATH = re.compile(
@@ -57,11 +42,16 @@ _MOST_LAYERS = 4096  # of a recurrent network, which is built one by one
 
 
 class GraphWriter:
-    """Collects ``tensors`` (by a name of the file) while it turns a graph into JSON. Tied tensors are kept once."""
+    """Collects ``tensors`` (by a name of the file) while it turns a graph into JSON. Tied tensors are kept once.
+
+    ``dense``: of those that are entropy-coded, the bytes that they would take without.
+    """
 
     def __init__(self, qtensors: Mapping[str, QTensor]) -> None:
         self.tensors: dict[str, Tensor] = {}
+        self.dense: dict[str, int] = {}
         self._qtensors = qtensors
+        self._parts: dict[int, dict[str, str]] = {}
         self._names: dict[int, str] = {}
         self._kept: list[Tensor] = []  # ids are only unique among what lives
 
@@ -134,20 +124,20 @@ class GraphWriter:
             raise ModelError(
                 f"{name}: its values are no longer what its codes stand for; quantize the model again"
             )
-        described = self._tensor(f"{name}:codes", q.codes, pack_codes(q))
-        return described | {
-            "scheme": q.scheme.to_json(),
-            "shape": list(q.shape),
-            "scale": self._tensor(f"{name}:scale", q.scale)["tensor"],
-            "zero_point": self._tensor(f"{name}:zero_point", q.zero_point)["tensor"],
-        }
+        if id(q.codes) not in self._parts:
+            self._kept.append(q.codes)
+            parts = pack_weight(q)
+            self._parts[id(q.codes)] = {part: f"{name}:{part}" for part in parts}
+            self.tensors |= {f"{name}:{part}": _stored(tensor) for part, tensor in parts.items()}
+            if "entropy_codes" in parts:
+                self.dense[f"{name}:entropy_codes"] = dense_bytes(q)
+        return {"scheme": q.scheme.to_json(), "shape": list(q.shape), "parts": self._parts[id(q.codes)]}
 
-    def _tensor(self, name: str, value: Tensor, stored: Tensor | None = None) -> dict[str, Any]:
+    def _tensor(self, name: str, value: Tensor) -> dict[str, Any]:
         if id(value) not in self._names:
             self._names[id(value)] = name
             self._kept.append(value)
-            data = value if stored is None else stored
-            self.tensors[name] = data.detach().cpu().contiguous().clone()
+            self.tensors[name] = _stored(value)
         return {"tensor": self._names[id(value)], "parameter": isinstance(value, nn.Parameter)}
 
 
@@ -238,15 +228,15 @@ class GraphReader:
     def _weight(self, site: str, data: Mapping[str, Any]) -> Tensor:
         if "scheme" not in data:
             return self._tensor(data)
-        key = data["tensor"]
+        keys = data["parts"] if "parts" in data else _first_version(data)
+        key = str(sorted(keys.items()))
         scheme, shape = Scheme.from_json(data["scheme"]), tuple(data["shape"])
-        q = unpack_codes(
-            self._tensors[key], self._tensors[data["scale"]], self._tensors[data["zero_point"]], scheme, shape
-        )
-        check_scale(site, q.scale)
-        self.qtensors[site] = self._coded.setdefault(key, q)
-        if key not in self._shared:
+        q = self._coded.get(key)
+        if q is None or (q.scheme, q.shape) != (scheme, shape):
+            parts = {str(part): self._tensors[name] for part, name in keys.items()}
+            q = self._coded[key] = unpack_weight(site, parts, scheme, shape)
             self._shared[key] = nn.Parameter(q.dequantize(), requires_grad=False)
+        self.qtensors[site] = q
         return self._shared[key]
 
     def _tensor(self, data: Mapping[str, Any]) -> Tensor:
@@ -296,6 +286,16 @@ def _attribute(gm: GraphModule, target: str) -> Tensor:
     return value
 
 
+def _stored(tensor: Tensor) -> Tensor:
+    """A copy of its own: what a file of tensors can hold."""
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def _first_version(data: Mapping[str, Any]) -> dict[str, str]:
+    """Where files of version 1 have the parts of a quantized weight."""
+    return {"codes": data["tensor"], "scale": data["scale"], "zero_point": data["zero_point"]}
+
+
 def _identifier(name: object) -> str:
     if (
         not isinstance(name, str)
@@ -330,11 +330,16 @@ def _arguments(name: str, kind: str, given: Mapping[str, Any]) -> dict[str, Any]
 # ---- quantized models ------------------------------------------------------------------------------------------------
 
 
-def describe(model: QuantizedModel | GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A model as JSON and tensors. Raises ``ModelError`` that names what cannot be saved."""
+def describe(
+    model: QuantizedModel | GraphModule,
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, int]]:
+    """A model as JSON and tensors, and the bytes that those which are entropy-coded would take without.
+
+    Raises ``ModelError`` that names what cannot be saved.
+    """
     if not isinstance(model, QuantizedModel):
         writer = GraphWriter({})
-        return {"graph": writer.graph(model)}, writer.tensors
+        return {"graph": writer.graph(model)}, writer.tensors, {}
     coded = {name: model.qtensors[name] for name in model.qtensors.names()}
     writer = GraphWriter(coded)
     data = {
@@ -346,8 +351,8 @@ def describe(model: QuantizedModel | GraphModule) -> tuple[dict[str, Any], dict[
         "example": len(model.example),
     }
     for i, x in enumerate(_few(model)):
-        writer.tensors[f"example:{i}"] = x.detach().cpu().contiguous().clone()
-    return data, writer.tensors
+        writer.tensors[f"example:{i}"] = _stored(x)
+    return data, writer.tensors, writer.dense
 
 
 def rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedModel | GraphModule:
