@@ -89,7 +89,7 @@ CANNOT_RUN: dict[str, tuple[dict[str, Any], str]] = {
         "0.output: uint16 activations have no integer kernel; use 8 bits",
     ),
     "wide weights": ({"weights": "int16"}, "0.weight: int16 weights have no integer kernel; use int8"),
-    "zero points": ({"weight_symmetric": False}, "0.weight: weights with zero points have no integer kernel"),
+    "zero points": ({"weight_symmetric": False}, "0.weight: weights of over 6 bits with zero points have no"),
     "groups": (
         {"granularity": "group", "group_size": 9, "rules": _GROUPS},
         "0.weight: weights in groups have no integer kernel; use granularity='channel'",

@@ -24,7 +24,8 @@ from fewbit.model.program import Coding, Op, Program, encode_args
 from fewbit.model.simulate import DynamicFakeQuantize, FakeQuantize, QuantizedModel
 from fewbit.model.sites import WEIGHTED, clamp_bounds, display_name, layer_name, passes_codes, rescale_factor
 from fewbit.model.values import config, dtype_name, free_shape, value_type
-from fewbit.numerics.scheme import Scheme
+from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.scheme import Scheme, blocks, unblocks
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _INT32 = 2**31 - 1
@@ -206,15 +207,11 @@ class _Lowering:
         """Codes, scales and the bias of a layer (int64 for activations of 16 bits), and the proof that its sums fit."""
         layer = str(node.target)
         q = self.model.qtensors[f"{layer}.weight"]
-        if not q.scheme.spec.integer or int(q.zero_point.abs().max()) != 0 or q.scheme.granularity == "group":
-            raise PlanError(
-                f"{layer}: weights {q.scheme} have no integer kernel; use symmetric int8 per channel or tensor"
-            )
-        scale = q.scale if q.scale.numel() > 1 else q.scale.expand(q.shape[0])
-        constants = {"weight": q.codes, "weight_scale": scale.clone()}
+        constants = _integer_weights(layer, q)
+        scale = constants["weight_scale"]
         bits, most, integer = (48, LARGEST_SUM, torch.int64) if wide(x) else (32, _INT32, torch.int32)
         widest = max(abs(x.scheme.qmin - x.zero_point), abs(x.scheme.qmax - x.zero_point))
-        reach = q.codes.to(torch.int64).abs().flatten(1).sum(1) * int(widest)
+        reach = constants["weight"].to(torch.int64).abs().flatten(1).sum(1) * int(widest)
         bias = getattr(self.gm.get_submodule(layer), "bias", None)
         if bias is not None:
             unit = (torch.tensor(x.scale, dtype=torch.float32) * scale).double()
@@ -279,9 +276,7 @@ class _Lowering:
 
     def _dynamic(self, node: Node) -> None:
         form = self._form(node)
-        q = self.model.qtensors[f"{node.target}.weight"]
-        scale = q.scale if q.scale.numel() > 1 else q.scale.expand(q.shape[0])
-        constants = {"weight": q.codes, "weight_scale": scale.clone()}
+        constants = _integer_weights(str(node.target), self.model.qtensors[f"{node.target}.weight"])
         bias = getattr(self.gm.get_submodule(str(node.target)), "bias", None)
         if bias is not None:
             constants["bias"] = bias.detach().clone()
@@ -340,6 +335,8 @@ class _Lowering:
             if key in self.model.qtensors:
                 q = self.model.qtensors[key]
                 constants |= {name: q.codes, f"{name}::scale": q.scale, f"{name}::zero_point": q.zero_point}
+                if q.codebook is not None:
+                    constants[f"{name}::codebook"] = q.codebook
                 schemes[name], shapes[name] = q.scheme.to_json(), list(q.shape)
             else:
                 constants[name] = tensor.detach().clone()
@@ -352,6 +349,18 @@ class _Lowering:
             "shape": list(free_shape(_first(node))),
         }
         self._emit("module", "float", node, inputs, attrs=attrs, constants=constants)
+
+
+def _integer_weights(layer: str, q: QTensor) -> dict[str, Tensor]:
+    """Codes less their zero points (int8), and a scale per output channel: kernels know no zero points of weights."""
+    fits = q.scheme.spec.integer and q.scheme.granularity != "group"
+    rows = blocks(q.codes.to(torch.int32), q.scheme) - q.zero_point.reshape(-1, 1) if fits else None
+    if rows is None or bool((rows.to(torch.int8) != rows).any()):
+        raise PlanError(
+            f"{layer}: weights {q.scheme} have no integer kernel; use symmetric int8 per channel or tensor"
+        )
+    scale = q.scale if q.scale.numel() > 1 else q.scale.expand(q.shape[0])
+    return {"weight": unblocks(rows.to(torch.int8), q.shape, q.scheme), "weight_scale": scale.clone()}
 
 
 def _first(node: Node) -> Node:

@@ -112,15 +112,18 @@ def adapt_and_check(plan: Plan, target: Target, name: str, integer: Collection[s
 
 
 def _no_kernel(row: Row) -> str | None:
-    """Why a weight fits no integer kernel of any target: those multiply symmetric codes of at most 8 bits."""
+    """Why a weight fits no integer kernel of any target: those multiply codes of 8 bits without zero points.
+
+    Codes of up to 6 bits are stored with their zero point subtracted, which still fits, and two add up to at most 128.
+    """
     scheme = row.scheme
     if row.kind != "weight" or scheme is None:
         return None
     problem = None
     if not scheme.spec.integer or scheme.spec.bits > 8:
         problem = f"{scheme.format} weights have no integer kernel; use int8 or fewer bits"
-    elif not scheme.symmetric:
-        problem = "weights with zero points have no integer kernel; use weight_symmetric=True"
+    elif not scheme.symmetric and scheme.spec.bits > 6:
+        problem = "weights of over 6 bits with zero points have no integer kernel; use weight_symmetric=True"
     elif scheme.granularity == "group":
         problem = "weights in groups have no integer kernel; use granularity='channel'"
     return problem and f"{problem}, or keep the activations float (activations='float')"
