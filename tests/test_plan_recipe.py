@@ -77,7 +77,7 @@ def test_mistake_in_python(values: dict[str, object], expected: str) -> None:
         ({"weights": "itn8"}, "recipe 'r': weights: unknown format 'itn8': did you mean 'int8'?"),
         (
             {"weights": "int88"},
-            "recipe 'r': weights: format 'int88' has 88 bits: integer formats have 2 to 16 bits",
+            "recipe 'r': weights: format 'int88' has 88 bits: integer formats have 1 to 16 bits",
         ),
         ({"activations": "dynamik"}, "; also allowed: 'float' or 'dynamic'"),
         ({"activations": "dynamik"}, "recipe 'r': activations: unknown format 'dynamik'"),

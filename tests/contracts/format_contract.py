@@ -1,7 +1,9 @@
 """What every number format promises. Each function takes a format and fails if a promise is broken."""
 
+import pytest
 import torch
 
+from fewbit.errors import FormatError
 from fewbit.numerics import Format, QTensor, Scheme, fake_quantize
 
 
@@ -19,7 +21,10 @@ def codes_are_stable(fmt: Format) -> None:
 
 
 def zero_is_kept(fmt: Format) -> None:
-    """Zero is a value of the format, whatever its sign bit."""
+    """Zero is a value of the format, whatever its sign bit, unless it says that it has none."""
+    if not fmt.zero:
+        assert not bool((fmt.decode(fmt.codes()) == 0).any())
+        return
     zeros = torch.tensor([0.0, -0.0])
     assert torch.equal(fmt.decode(fmt.encode(zeros)), torch.zeros(2))
     assert torch.equal(fmt.nearest(zeros), torch.zeros(2))
@@ -60,17 +65,75 @@ def shapes_are_kept(fmt: Format) -> None:
         assert fmt.decode(codes).shape == shape
 
 
+def schemes(fmt: Format) -> list[Scheme]:
+    """A scheme of each granularity that the format allows."""
+    if fmt.block is not None:
+        return [Scheme(fmt.name, "group", axis, fmt.block) for axis in (0, 1)]
+    fields = ({}, {"granularity": "channel", "axis": 1}, {"granularity": "group", "group_size": 32})
+    return [Scheme(fmt.name, **each) for each in fields]
+
+
 def tensors_survive(fmt: Format) -> None:
     """A quantized tensor dequantizes to what is simulated, and quantizing that again changes nothing."""
-    x = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(2))
-    for fields in ({}, {"granularity": "channel", "axis": 1}, {"granularity": "group", "group_size": 16}):
-        scheme = Scheme(fmt.name, **fields)
+    x = torch.randn(6, 4, 16, generator=torch.Generator().manual_seed(2))
+    for scheme in schemes(fmt):
         q = QTensor.quantize(x, scheme)
         values = q.dequantize()
         assert values.shape == x.shape
         assert torch.equal(values, fake_quantize(x, q.scale, q.zero_point, scheme))
         assert torch.equal(values, fake_quantize(values, q.scale, q.zero_point, scheme))
-        assert float((values - x).norm() / x.norm()) < 0.8
+        if fmt.bits > 1:  # the largest number is no good scale for a single level
+            assert float((values - x).norm() / x.norm()) < (0.8 if fmt.bits > 2 else 1.0)
+        again = QTensor.from_codes(q.codes, q.scale, q.zero_point, scheme)
+        assert torch.equal(again.dequantize(), values)
+
+
+def bytes_are_counted(fmt: Format) -> None:
+    """A tensor's bytes: its packed codes and scales of the size that the format says."""
+    x = torch.ones(2, 3, 32)
+    for scheme in schemes(fmt):
+        q = QTensor.quantize(x, scheme)
+        scales = q.scale.numel() * fmt.scale_bits + fmt.tensor_bits if fmt.scaled else 0
+        assert q.nbytes == -(-192 * fmt.bits // 8) + -(-scales // 8)
+
+
+def blocks_are_demanded(fmt: Format) -> None:
+    """A format that says how many numbers share a scale is refused with any other granularity."""
+    if fmt.block is None:
+        return
+    for fields in ({}, {"granularity": "channel"}, {"granularity": "group", "group_size": 2 * fmt.block}):
+        with pytest.raises(FormatError, match=f"use granularity='group' and group_size={fmt.block}"):
+            Scheme(fmt.name, **fields)
+
+
+def values_must_be_fitted(fmt: Format) -> None:
+    """A learned format has no values before a rounding fits them, and says which rounding does."""
+    codes = fmt.codes()
+    assert codes.tolist() == list(range(2**fmt.bits))
+    assert codes.dtype == fmt.code_dtype == torch.uint8
+    for attempt in (
+        lambda: fmt.encode(torch.zeros(3)),
+        lambda: fmt.decode(codes),
+        lambda: QTensor.quantize(torch.zeros(4, 8), Scheme(fmt.name)),
+    ):
+        with pytest.raises(
+            FormatError, match=f"format '{fmt.name}' has no values before .* '{fmt.rounding}'"
+        ):
+            attempt()
+
+
+def tables_are_demanded(fmt: Format) -> None:
+    """A tensor of a learned format needs a table of as many values as there are codes."""
+    scheme = Scheme(fmt.name, "channel")
+    codes, one, zero = torch.zeros(3, 5), torch.ones(3), torch.zeros(3, dtype=torch.int32)
+    table = torch.linspace(-1, 1, 2**fmt.bits)
+    for rows in (1, 3):
+        q = QTensor.from_codes(codes, one, zero, scheme, table.expand(rows, -1))
+        assert torch.equal(q.dequantize(), torch.full((3, 5), -1.0))
+        assert q.nbytes == -(-15 * fmt.bits // 8) + -(-3 * fmt.scale_bits // 8) + 2 * rows * 2**fmt.bits
+    for bad in (None, table, table.expand(2, -1), table[None, 1:], (table / 0)[None]):
+        with pytest.raises(FormatError, match="codebook"):
+            QTensor.from_codes(codes, one, zero, scheme, bad)
 
 
 CONTRACT = [
@@ -80,4 +143,7 @@ CONTRACT = [
     coding_saturates,
     shapes_are_kept,
     tensors_survive,
+    bytes_are_counted,
+    blocks_are_demanded,
 ]
+LEARNED = [values_must_be_fitted, tables_are_demanded]

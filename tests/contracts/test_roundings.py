@@ -4,7 +4,7 @@ import pytest
 import torch
 from rounding_contract import CONTRACT, SCHEMES, extremes, weight
 
-from fewbit.errors import RecipeError
+from fewbit.errors import FormatError, RecipeError
 from fewbit.numerics import QTensor, Scheme, blocks
 from fewbit.rounding import registry, required_statistics, round_weight, rounding_names
 
@@ -15,7 +15,10 @@ def test_contract(promise, name):
     promise(registry.module(name))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+FIXED = [scheme for scheme in SCHEMES if not scheme.spec.learned]
+
+
+@pytest.mark.parametrize("scheme", FIXED, ids=str)
 def test_nearest_is_nearest(scheme):
     """Within half a step inside the range, and no other code of the block is nearer."""
     w = weight()
@@ -36,6 +39,20 @@ def test_nearest_is_the_default_of_a_quantized_tensor():
     assert torch.equal(
         round_weight("nearest", w, scheme, *extremes(w, scheme)).codes, QTensor.quantize(w, scheme).codes
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "message"),
+    [
+        ("nearest", "codebook3", "rounding 'nearest' makes no codes of codebook3: use rounding='kmeans', or"),
+        ("kmeans", "int4", "rounding 'kmeans' makes no codes of int4: use rounding='nearest', or"),
+        ("twn", "int2", "rounding 'twn' makes no codes of int2: "),
+    ],
+)
+def test_formats_that_a_rounding_cannot_do_are_refused(name, format, message):
+    w, scheme = weight(), Scheme(format, "channel")
+    with pytest.raises(FormatError, match=message):
+        round_weight(name, w, scheme, *extremes(w, scheme))
 
 
 def test_unknown_roundings_are_named():

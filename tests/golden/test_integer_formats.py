@@ -5,7 +5,7 @@ import torch
 
 from fewbit.numerics import QTensor, Scheme, encode, fake_quantize, get_format, qparams
 
-WIDTHS = range(2, 17)
+WIDTHS = range(1, 17)
 
 
 def codes(x, scale, zero_point, name, **fields):
@@ -30,7 +30,8 @@ def test_infinities_and_extremes_saturate(bits):
     x = [-torch.inf, -big, -1e-45, -0.0, 0.0, 1e-45, big, torch.inf]
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     assert codes(x, 1.0, 0, f"int{bits}") == [low, low, 0, 0, 0, 0, high, high]
-    assert codes(x, 1.0, 0, f"int{bits}", narrow=True) == [-high, -high, 0, 0, 0, 0, high, high]
+    if bits > 1:
+        assert codes(x, 1.0, 0, f"int{bits}", narrow=True) == [-high, -high, 0, 0, 0, 0, high, high]
     top, middle = 2**bits - 1, 2 ** (bits - 1)
     expected = [0, 0, middle, middle, middle, middle, top, top]
     assert codes(x, 1.0, middle, f"uint{bits}", symmetric=False) == expected
@@ -111,7 +112,19 @@ def test_the_largest_numbers_never_become_infinite(bits, symmetric):
         assert bool(torch.isfinite(QTensor.quantize(x, Scheme(name, symmetric=symmetric)).dequantize()).all())
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(
+    ("name", "x", "expected"),
+    [
+        ("int1", [-2.0, -1.1, 0.5, 2.0], [-2.0, -2.0, 0.0, 0.0]),
+        ("uint1", [-2.0, -1.1, 0.5, 1.0], [-2.0, -2.0, 0.0, 0.0]),
+        ("uint1", [0.0, 0.9, 1.1, 2.0], [0.0, 0.0, 2.0, 2.0]),
+    ],
+)
+def test_one_bit_is_zero_and_one_number(name, x, expected):
+    assert QTensor.quantize(torch.tensor(x), Scheme(name)).dequantize().tolist() == expected
+
+
+@pytest.mark.parametrize("bits", WIDTHS[1:])
 def test_subnormal_tensors_are_coded(bits):
     """With the smallest scale, 2**-126, a subnormal number is 0 or one step."""
     x = torch.tensor([1e-45, 2.0**-127, 2.0**-126 * 0.75])

@@ -1,8 +1,8 @@
 """One-dimensional k-means with one centre at zero, for many rows at once: near the optimum, and fast on long rows.
 
-The start is the optimum for numbers gathered in fine bins, found by dynamic programming (Wang and Song, "Ckmeans.1d.dp",
-The R Journal 3/2, 2011, after Fisher 1958); Lloyd's iterations on the numbers themselves follow. Rows are sorted once and
-their sums cumulated, so that an iteration looks up the cells' ends and touches nothing else.
+The start is the optimum for numbers gathered in fine bins, found by dynamic programming (Wang and Song,
+"Ckmeans.1d.dp", The R Journal 3/2, 2011, after Fisher 1958); Lloyd's iterations on the numbers themselves follow.
+Rows are sorted once and their sums cumulated, so that an iteration looks up the cells' ends and touches nothing else.
 """
 
 from dataclasses import dataclass
@@ -177,7 +177,7 @@ def _traced(side: _Sides, share: Tensor, ends: Tensor, begins: list[Tensor]) -> 
 
 
 def _by_density(side: _Sides, most: int) -> Tensor:
-    """Values as dense as the cube root of the numbers' density, which is best for many values (Panter and Dite 1951)."""
+    """Values as dense as the cube root of the numbers' density: best for many values (Panter and Dite 1951)."""
     width = -side.edges.diff(dim=1)
     dense = _cumulated((side.weight.diff(dim=1) * width.square()).pow(1 / 3))
     low, high = dense[:, -1].chunk(2)

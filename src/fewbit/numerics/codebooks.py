@@ -67,10 +67,22 @@ def _table_each(
 def _table_for_all(
     rows: Tensor, scheme: Scheme, fit: Fit, counts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks of equal root mean square share a table; then scales and table are fitted to each other in turn."""
-    levels = 2**scheme.spec.bits
-    scale = scheme.spec.scales(rows.double().square().mean(dim=1).sqrt(), 1.0)
+    """The better of two starts: blocks of equal root mean square share a table, or blocks of equal maximum."""
     counts = torch.ones_like(rows) if counts is None else counts.to(torch.float32)
+    starts = (rows.double().square().mean(dim=1).sqrt(), rows.abs().amax(dim=1).double())
+    found = [_in_turn(rows, scheme, fit, counts, scheme.spec.scales(start, 1.0)) for start in starts]
+    losses = [
+        float((counts * (rows - table[0][codes] * scale.unsqueeze(1)).square_()).sum(dtype=torch.float64))
+        for codes, scale, table in found
+    ]
+    return found[losses.index(min(losses))]
+
+
+def _in_turn(
+    rows: Tensor, scheme: Scheme, fit: Fit, counts: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A shared table for given scales, then scales for the table, and so on: each step lowers the error."""
+    levels = 2**scheme.spec.bits
     v = rows / scale.unsqueeze(1)
     table = fit(v.reshape(1, -1), levels, (counts * scale.square().unsqueeze(1)).reshape(1, -1))
     for _ in range(_ROUNDS):

@@ -214,5 +214,5 @@ def _qparams(lo: Tensor, hi: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         return scheme.spec.scales(span, top), torch.zeros_like(lo, dtype=torch.int32)
     middle = 2.0 ** (scheme.spec.bits - 1)
     zero_point = torch.where(lo < 0, middle, 0.0)
-    top = torch.where(zero_point < scheme.qmax, scheme.qmax - zero_point, zero_point)  # uint1 again
-    return scheme.spec.scales(span, top), zero_point.to(torch.int32)
+    above = torch.where(zero_point < scheme.qmax, scheme.qmax - zero_point, zero_point)  # uint1 again
+    return scheme.spec.scales(span, above), zero_point.to(torch.int32)

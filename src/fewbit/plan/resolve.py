@@ -95,6 +95,8 @@ def _decide(recipe: Recipe, site: Site) -> Row:
     scheme = _weight_scheme(settings, site) if site.kind == "weight" else _activation_scheme(settings, site)
     if scheme is None:
         return dataclasses.replace(row, because=because if settings.because else f"float: {because}")
+    observer: str | None
+    rounding: str | None
     if site.kind == "weight":
         observer, rounding, note = _weight_means(settings, scheme)
         because += note

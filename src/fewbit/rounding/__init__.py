@@ -1,4 +1,7 @@
-"""Rounding of weights: one algorithm a file, with `STATISTICS` and `round(weight, scheme, lo, hi, ...)`."""
+"""Rounding of weights: one algorithm a file, with `STATISTICS` and `round(weight, scheme, lo, hi, ...)`.
+
+A file that takes other formats than all that are not learned also has `accepts(format)`.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fewbit.errors import CalibrationError, FormatError
+from fewbit.numerics.format import Format
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme
 from fewbit.registry import Registry
@@ -23,9 +27,10 @@ def required_statistics(name: str) -> frozenset[str]:
     return registry.module(name).STATISTICS
 
 
-def makes_codebooks(name: str) -> bool:
-    """Whether this rounding is for formats that are learned from each tensor, and for no others (``LEARNED``)."""
-    return getattr(registry.module(name), "LEARNED", False)
+def can_round(name: str, spec: Format) -> bool:
+    """Whether this rounding makes codes of that format: what its `accepts(spec)` says, else of all but learned ones."""
+    accepts = getattr(registry.module(name), "accepts", None)
+    return accepts(spec) if accepts is not None else not spec.learned
 
 
 def round_weight(
@@ -51,11 +56,10 @@ def round_weight(
         FormatError: the rounding cannot make codes of this format.
     """
     module = registry.module(name)
-    if scheme.spec.learned != makes_codebooks(name):
-        can = "learned formats only, such as codebook4" if makes_codebooks(name) else "fixed formats only"
+    if not can_round(name, scheme.spec):
         raise FormatError(
-            f"rounding {name!r} makes codes of {can}, found {scheme.format}: "
-            f"use rounding={scheme.spec.rounding!r} or another format"
+            f"rounding {name!r} makes no codes of {scheme.format}: "
+            f"use rounding={scheme.spec.rounding!r}, or another format"
         )
     given = dict(statistics or {})
     missing = sorted(module.STATISTICS - given.keys())

@@ -11,11 +11,16 @@ from torch import Tensor
 
 from fewbit.numerics.clustering import cluster
 from fewbit.numerics.codebooks import fit_codebook
+from fewbit.numerics.format import Format
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme
 
 STATISTICS: frozenset[str] = frozenset()
-LEARNED = True
+
+
+def accepts(spec: Format) -> bool:
+    """Formats whose values are fitted to the tensor."""
+    return spec.learned
 
 
 def round(weight: Tensor, scheme: Scheme, lo: Tensor, hi: Tensor, statistics: Mapping[str, Any]) -> QTensor:
