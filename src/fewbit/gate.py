@@ -263,7 +263,8 @@ def _float_tolerance(program: Program) -> float:
     if program.integer_ops() or any(op.kind.startswith("dynamic_") for op in program.ops):
         return CODES_TOLERANCE
     schemes = [s for op in program.ops for s in op.attrs.get("schemes", {}).values()]
-    few = any(Scheme.from_json(s).spec.bits <= 4 for s in schemes)
+    specs = [Scheme.from_json(s).spec for s in schemes]
+    few = any(spec.integer and spec.bits <= 4 for spec in specs)
     return FEW_BITS_TOLERANCE if few else FLOAT_TOLERANCE
 
 

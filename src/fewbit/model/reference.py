@@ -167,19 +167,22 @@ def _module(op: Op) -> nn.Module:
 
 
 def module_state(op: Op) -> dict[str, Tensor]:
-    """The float32 state of a layer; ``<name>`` with a ``<name>_scale`` beside it is stored as codes."""
+    """The float32 state of a layer; what is stored as codes is decoded."""
     state: dict[str, Tensor] = {}
     for name, tensor in op.constants.items():
-        if name.endswith(("::scale", "::zero_point")):
-            continue
-        scheme = op.attrs.get("schemes", {}).get(name)
-        if scheme is None:
-            state[name] = tensor
-        else:
-            scale, zero_point = op.constants[f"{name}::scale"], op.constants[f"{name}::zero_point"]
-            shape = tuple(op.attrs["shapes"][name])
-            state[name] = QTensor(tensor, scale, zero_point, Scheme.from_json(scheme), shape).dequantize()
+        if "::" not in name:
+            state[name] = qtensor_of(op, name).dequantize() if name in op.attrs.get("schemes", {}) else tensor
     return state
+
+
+def qtensor_of(op: Op, name: str) -> QTensor:
+    """A parameter that is stored as codes, with ``<name>::scale`` and the like beside it."""
+    c, a = op.constants, op.attrs
+    scale, zero_point, codebook = (c.get(f"{name}::{part}") for part in ("scale", "zero_point", "codebook"))
+    if scale is None or zero_point is None:
+        raise ArtifactError(f"program: {op.layer}: the codes of {name} come without a scale and zero point")
+    shape, scheme = tuple(a["shapes"][name]), Scheme.from_json(a["schemes"][name])
+    return QTensor(c[name], scale, zero_point, scheme, shape, codebook)
 
 
 def _fill(structure: Any, values: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbit.model.program import Op
-from fewbit.model.reference import module_state
+from fewbit.model.reference import module_state, qtensor_of
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme, blocks
 from fewbit.targets._litert.writer import Writer, array, packed
@@ -28,9 +28,7 @@ def parameter(w: Writer, op: Op, name: str, arrange: tuple[int, ...] | None = No
         value = module_state(op)[name].to(torch.float32)
         return w.b.constant(label, array(_arranged(value, arrange)))
     shape = tuple(op.attrs["shapes"][name])
-    q = QTensor(
-        op.constants[name], op.constants[f"{name}::scale"], op.constants[f"{name}::zero_point"], scheme, shape
-    )
+    q = qtensor_of(op, name)
     if scheme.granularity == "group":
         return _grouped(w, label, q, arrange)
     axis = scheme.axis % len(shape)

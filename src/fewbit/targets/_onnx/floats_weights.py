@@ -7,12 +7,15 @@ import ml_dtypes
 import numpy as np
 import onnx
 import torch
+from torch import Tensor
 
 from fewbit.errors import TargetError
 from fewbit.model.program import Op
+from fewbit.model.reference import qtensor_of
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme
 from fewbit.targets._onnx.builder import Builder, int4
+from fewbit.targets._onnx.tables import has_table, looked_up
 
 HALVES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}  # stored as they are
 
@@ -43,11 +46,7 @@ class Layer:
 
     def qtensor(self, name: str) -> QTensor:
         """A parameter that is stored as codes."""
-        c, a = self.op.constants, self.op.attrs
-        scheme = Scheme.from_json(a["schemes"][name])
-        return QTensor(
-            c[name], c[f"{name}::scale"], c[f"{name}::zero_point"], scheme, tuple(a["shapes"][name])
-        )
+        return qtensor_of(self.op, name)
 
     def optional(self, name: str) -> list[str]:
         """The parameter, if the layer has it."""
@@ -72,17 +71,23 @@ class Layer:
         """A parameter whose rows are gates, one block after the other, in another order of blocks."""
         q = self.qtensor(name)
         rows = torch.arange(q.shape[0]).reshape(len(order), -1)[order].flatten()
-        scale, zero = (
-            v if v.numel() == 1 else v.reshape(q.shape[0], -1)[rows].flatten()
-            for v in (q.scale, q.zero_point)
-        )
-        return dequantized(
-            self.builder, replace(q, codes=q.codes[rows], scale=scale, zero_point=zero), f"{self.name}.{name}"
-        )
+        scale, zero, codebook = (_rows(v, q.shape[0], rows) for v in (q.scale, q.zero_point, q.codebook))
+        assert scale is not None and zero is not None
+        moved = replace(q, codes=q.codes[rows], scale=scale, zero_point=zero, codebook=codebook)
+        return dequantized(self.builder, moved, f"{self.name}.{name}")
+
+
+def _rows(values: Tensor | None, channels: int, rows: Tensor) -> Tensor | None:
+    """What there is for each channel, or each group of it, in another order of channels."""
+    if values is None or len(values) == 1:
+        return values
+    return values.reshape(channels, -1)[rows].reshape(values.shape)
 
 
 def dequantized(builder: Builder, q: QTensor, name: str, transposed: bool = False) -> str:
     """A quantized tensor as stored codes and a DequantizeLinear; half-width floats as they are and a Cast.
+
+    Formats that are no integers are looked up in a table: see ``looked_up``.
 
     A group is a ``block_size`` along the last axis of a matrix [N, K]. Groups of a tensor with more axes run
     across several of them, which ONNX cannot say: it is stored as the matrix of its channels, and reshaped.
@@ -95,9 +100,8 @@ def dequantized(builder: Builder, q: QTensor, name: str, transposed: bool = Fals
         values = q.dequantize().numpy().astype(HALVES[scheme.format])
         stored = builder.constant(np.ascontiguousarray(values.T) if transposed else values, name)
         return builder.node("Cast", [stored], name, to=onnx.TensorProto.FLOAT)
-    if not scheme.spec.integer:
-        values = q.dequantize().numpy()
-        return builder.constant(np.ascontiguousarray(values.T) if transposed else values, name)
+    if has_table(scheme):
+        return looked_up(builder, q, name, transposed)
     axis = scheme.axis % len(q.shape)
     codes, scale, zero = q.codes.numpy(), q.scale.numpy(), q.zero_point.numpy()
     attrs: dict[str, Any] = {}

@@ -1,0 +1,142 @@
+"""Weights of non-uniform formats in an ONNX file: packed indices and a table, unpacked by standard operators.
+
+ONNX Runtime computes all of this once, when it loads the file: the file is small, and the run as fast as with float32
+weights. A runtime that does not fold constants does it in every run, with the same result. Measured with ONNX Runtime
+1.31 on the CPU: of the 8-bit floats, it folds a Cast, but computes a DequantizeLinear in every run, which then takes 40
+times as long; it has neither for FLOAT4E2M1.
+"""
+
+import ml_dtypes
+import numpy as np
+import onnx
+import torch
+
+from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.scheme import Scheme, blocks
+from fewbit.targets._onnx.builder import Builder, int4
+
+_PLANES = {
+    8: 100,
+    4: 200,
+    2: 700,
+    1: 700,
+}  # widths in bits, and about what the nodes to unpack one take in bytes
+_FEW = 256  # scales that an index of 8 bits can tell apart
+_NATIVE = {
+    "float8_e4m3": ml_dtypes.float8_e4m3fn,
+    "mxfp8_e4m3": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+    "mxfp8_e5m2": ml_dtypes.float8_e5m2,
+}
+
+
+def has_table(scheme: Scheme) -> bool:
+    """Whether codes are indices of values or bit patterns, not numbers themselves."""
+    return not scheme.spec.integer and not scheme.spec.code_dtype.is_floating_point
+
+
+def looked_up(builder: Builder, q: QTensor, name: str, transposed: bool = False) -> str:
+    """The float32 values of codes that stand for a format's or a codebook's values, bit for bit `dequantize`.
+
+    ``transposed`` exchanges the two axes of a matrix.
+    """
+    rows = blocks(q.codes, q.scheme).numpy()
+    values = _values(builder, q, rows, name)
+    if bool((q.scale != 1).any()):
+        values = builder.node("Mul", [values, _scales(builder, q, name)], name)
+    if q.scheme.granularity == "tensor":
+        axis, shape = 0, q.shape
+    else:
+        axis = q.scheme.axis % len(q.shape)
+        shape = (q.shape[axis], *q.shape[:axis], *q.shape[axis + 1 :])
+    if rows.shape != shape:
+        values = builder.node("Reshape", [values, builder.ints(list(shape))], name)
+    order = [*range(1, axis + 1), 0, *range(axis + 1, len(shape))]
+    order = order[::-1] if transposed else order
+    return values if order == sorted(order) else builder.node("Transpose", [values], name, perm=order)
+
+
+def indices(builder: Builder, codes: np.ndarray, bits: int, name: str) -> str:
+    """uint8 codes of that many bits, stored densely, as an int32 value of the same shape.
+
+    Each plane of 8, 4, 2 or 1 bits is an initializer of its own, the codes' lowest bits first; in a byte, the first
+    code has the lowest bits. Planes of 4 bits have ONNX's own type. Few codes are stored wider, where the nodes that
+    unpack them would take more than they save.
+    """
+    joined, offset = "", 0
+    for width in _widths(bits, codes.size):
+        part = (codes >> offset) & (2**width - 1)
+        plane = _plane(builder, part, width, f"{name}_codes")
+        if offset:
+            plane = builder.node("BitShift", [plane, _byte(builder, offset)], name, direction="LEFT")
+            plane = builder.node("BitwiseOr", [joined, plane], name)
+        joined, offset = plane, offset + width
+    return builder.node("Cast", [joined], name, to=onnx.TensorProto.INT32)
+
+
+def _widths(bits: int, count: int) -> list[int]:
+    """The planes that so many codes take the fewest bytes in: as wide as the codes together, or one that is wider."""
+    exact = [w for w in _PLANES if bits & w]
+    choices = [exact, *([w] for w in _PLANES if w > bits)]
+    return min(choices, key=lambda widths: sum(_PLANES[w] + count * w // 8 for w in widths))
+
+
+def _plane(builder: Builder, part: np.ndarray, width: int, name: str) -> str:
+    """Codes of 8, 4, 2 or 1 bits as a uint8 value."""
+    if width == 8:
+        return builder.constant(part, name)
+    if width == 4:
+        stored = builder.constant(int4(part, signed=False), name)
+        return builder.node("Cast", [stored], name, to=onnx.TensorProto.UINT8)
+    each = 8 // width
+    flat = np.pad(part.reshape(-1), (0, -part.size % each)).reshape(-1, each)
+    shifts = np.arange(each, dtype=np.uint8) * np.uint8(width)
+    packed = np.bitwise_or.reduce(flat << shifts, axis=1, dtype=np.uint8).reshape(-1, 1)
+    parts = [builder.constant(packed, name), builder.constant(shifts.reshape(1, -1), "shifts")]
+    unpacked = builder.node("BitShift", parts, name, direction="RIGHT")
+    value = builder.node("BitwiseAnd", [unpacked, _byte(builder, 2**width - 1)], name)
+    value = builder.node("Reshape", [value, builder.ints([-1])], name)
+    if flat.size != part.size:
+        value = builder.node("Slice", [value, builder.ints([0]), builder.ints([part.size])], name)
+    return builder.node("Reshape", [value, builder.ints(list(part.shape))], name)
+
+
+def _byte(builder: Builder, value: int) -> str:
+    return builder.constant(np.array(value, np.uint8), "bits")
+
+
+def _values(builder: Builder, q: QTensor, rows: np.ndarray, name: str) -> str:
+    """The normalised values of codes, one row per block."""
+    spec = q.scheme.spec
+    if spec.name in _NATIVE:
+        stored = builder.constant(rows.view(_NATIVE[spec.name]), name)
+        return builder.node("Cast", [stored], name, to=onnx.TensorProto.FLOAT)
+    index = indices(builder, rows, spec.bits, name)
+    if q.codebook is None:
+        every = torch.arange(2**spec.bits).to(spec.code_dtype)
+        known = spec.decode(every).nan_to_num(0.0)  # NaN: codes that the format does not use
+        return builder.node("Gather", [builder.constant(known.numpy(), f"{spec.name}_values"), index], name)
+    tables = _float(builder, q.codebook.numpy(), f"{name}_codebook")
+    if len(q.codebook) == len(rows):
+        return builder.node("GatherElements", [tables, index], name, axis=1)
+    table = builder.node("Reshape", [tables, builder.ints([-1])], name)
+    return builder.node("Gather", [table, index], name)
+
+
+def _float(builder: Builder, values: np.ndarray, name: str) -> str:
+    """A float32 constant, stored as float16 where that is exact."""
+    half = values.astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), values):
+        return builder.constant(values, name)
+    return builder.node("Cast", [builder.constant(half, name)], name, to=onnx.TensorProto.FLOAT)
+
+
+def _scales(builder: Builder, q: QTensor, name: str) -> str:
+    """Scales, one per row; as bytes and a table of scales where there are few, as in the microscaling formats."""
+    scale = q.scale.numpy().reshape(-1, 1)
+    values, index = np.unique(scale, return_inverse=True)
+    if len(values) > _FEW or 4 * len(values) + len(scale) >= 4 * len(scale):
+        return builder.constant(scale, f"{name}_scale")
+    stored = builder.constant(index.astype(np.uint8).reshape(-1, 1), f"{name}_scale")
+    wide = builder.node("Cast", [stored], name, to=onnx.TensorProto.INT32)
+    return builder.node("Gather", [builder.constant(values, f"{name}_scales"), wide], name)
