@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ class Checkpoint:
     def __init__(self, path: str | Path, gm: GraphModule, observers: dict[str, RangeObserver]) -> None:
         self.path = Path(path)
         self.observers = observers
-        self.owner = _fingerprint(gm, observers)
+        self.owner = fingerprint(
+            gm, (f"{site} {type(o).__module__} {o.scheme}" for site, o in observers.items())
+        )
 
     def save(self, batches: int, samples: int) -> None:
         """Write the state after that many batches: beside the file first, then in its place."""
@@ -73,13 +76,14 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
-def _fingerprint(gm: GraphModule, observers: dict[str, RangeObserver]) -> str:
+def fingerprint(gm: GraphModule, settings: Iterable[str]) -> str:
+    """One text for a model's weights and what else a result depends on."""
     digest = hashlib.sha256()
     for name, tensor in gm.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    for site, observer in observers.items():
-        digest.update(f"{site} {type(observer).__module__} {observer.scheme}".encode())
+    for setting in settings:
+        digest.update(setting.encode())
     return digest.hexdigest()
 
 
