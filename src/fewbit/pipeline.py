@@ -21,6 +21,8 @@ from fewbit.passes import run as run_pass
 from fewbit.passes.bias_correction import correct
 from fewbit.plan import Plan, Recipe, resolve
 from fewbit.rounding import rounding_names
+from fewbit.statistics import Statistics, without_statistics
+from fewbit.synthesis import synthesize
 from fewbit.targets import adapt_and_check, get_target
 from fewbit.weights import dead_channels, round_biases, round_weights, weight_limits
 
@@ -45,8 +47,9 @@ def quantize(
 
     ``model``: an ``nn.Module``, a ``keras.Model`` or a graph that ``fewbit.load`` gave; left as it is. ``calibration``:
     a few hundred typical inputs without labels: tensor, array, iterable of batches, ``Dataset``, ``DataLoader``,
-    ``.npy`` or ``.npz`` path; needed where activations are quantized statically. ``example``: one input (or a tuple of
-    them), by default the first calibration batch, or what the model was read with. ``recipe``: a preset's name, a TOML
+    ``.npy`` or ``.npz`` path; needed where activations are quantized statically; ``"synthetic"`` for inputs that
+    ``fewbit.synthesize`` learns from the model's batch norms. ``example``: one input (or a tuple of them), by default
+    the first calibration batch, or what the model was read with. ``recipe``: a preset's name, a TOML
     file or a ``Recipe``; further keywords replace its values, as in ``quantize(model, data, weights="int4",
     equalize=True)``. ``target``: the runtime it is meant for. ``held_out``: inputs like those the model will see; a
     warning names the layers that would clip them much more than the calibration data. ``resume``: a file that keeps the
@@ -60,6 +63,8 @@ def quantize(
     chosen = _recipe(recipe, overrides)
     examples = (example,) if isinstance(example, Tensor) else example
     module = _module(model, examples)
+    if isinstance(calibration, str) and calibration == "synthetic":
+        calibration = synthesize(module, examples, progress=progress)
     batches = None
     if calibration is not None:
         batches = as_batches(
@@ -133,8 +138,8 @@ def _normalised(model: nn.Module, examples: tuple[Tensor, ...], recipe: Recipe) 
 
 
 def _planned(gm: GraphModule, recipe: Recipe, target: str) -> tuple[Placement, Plan]:
-    placement = place(gm, recipe.mode)
-    resolved = resolve(recipe, find_sites(gm, placement))
+    placement = place(gm, recipe.mode, recipe.decoded)
+    resolved = without_statistics(resolve(recipe, find_sites(gm, placement)), gm)
     nodes = (*placement.forms.items(), *placement.dynamic.items())
     integer = {str(node.target) for node, form in nodes if form.kind in WEIGHTED}
     return placement, adapt_and_check(resolved, get_target(target), target, integer)
@@ -156,7 +161,8 @@ def _quantized(
     float_gm = copy.deepcopy(gm) if recipe.bias_correction else None
     limits = weight_limits(gm, recipe, placement, quantizers, get_target(target))
     facts.warnings += dead_channels(gm, resolved)
-    qtensors = round_weights(gm, resolved, limits)
+    statistics = Statistics(gm, resolved, batches, facts, progress)
+    qtensors = round_weights(gm, resolved, limits, statistics)
     for node, quantizer in quantizers.items():
         insert_quantizer(gm, node, quantizer)
     for node in placement.dynamic:

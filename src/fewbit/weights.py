@@ -16,6 +16,7 @@ from fewbit.numerics.scheme import Scheme
 from fewbit.observers import make_observer
 from fewbit.plan import Plan, Recipe, Row
 from fewbit.rounding import round_weight
+from fewbit.statistics import Statistics
 from fewbit.targets import Target
 
 Limit = Callable[[Tensor, Tensor, Tensor, Scheme], tuple[Tensor, Tensor]]
@@ -49,7 +50,9 @@ def _limit(bias: Tensor | None, scale: float | None, runtime: Target, portable: 
             lo, hi = runtime.portable_bounds(weight, lo, hi, scheme)
         if bias is not None and scale is not None and scheme.symmetric:
             # A nearly dead channel has tiny weights and an ordinary bias, which must fit the accumulator.
-            least = bias.detach().abs() / (scale * 2.0**_BIAS_BITS) * scheme.qmax
+            least = (
+                bias.detach().abs() / (scale * 2.0**_BIAS_BITS) * (scheme.qmax / (scheme.spec.unit or 1.0))
+            )
             least = least if scheme.granularity == "channel" else least.max().reshape(1)
             if scheme.granularity != "group":
                 lo, hi = torch.minimum(lo, -least), torch.maximum(hi, least)
@@ -69,7 +72,10 @@ def _input_scale(node: Node, gm: GraphModule, codings: dict[Node, FakeQuantize])
     return float(codings[node].scale) * factor
 
 
-def round_weights(gm: GraphModule, plan: Plan, limits: dict[str, Limit]) -> dict[str, QTensor]:
+def round_weights(
+    gm: GraphModule, plan: Plan, limits: dict[str, Limit], statistics: Statistics
+) -> dict[str, QTensor]:
+    """Every weight of the plan rounded, and its new values written into the graph; by site."""
     qtensors: dict[str, QTensor] = {}
     for row in plan.weights():
         if row.scheme is None:
@@ -80,7 +86,7 @@ def round_weights(gm: GraphModule, plan: Plan, limits: dict[str, Limit]) -> dict
         q = (
             qtensors[shared]
             if shared in qtensors
-            else _round_weight(row, parameter.detach(), limits.get(layer))
+            else _round_weight(row, parameter.detach(), limits.get(layer), statistics.of(row.site))
         )
         qtensors[row.site] = q
         with torch.no_grad():
@@ -88,15 +94,14 @@ def round_weights(gm: GraphModule, plan: Plan, limits: dict[str, Limit]) -> dict
     return qtensors
 
 
-def _round_weight(row: Row, weight: Tensor, limit: Limit | None) -> QTensor:
+def _round_weight(row: Row, weight: Tensor, limit: Limit | None, statistics: dict[str, Tensor]) -> QTensor:
     assert row.scheme is not None and row.observer is not None and row.rounding is not None
     observer = make_observer(row.observer, row.scheme)
     try:
-        observer.update(weight)
-        lo, hi = observer.bounds()
+        lo, hi = observer.bounds_of(weight, statistics)
         if limit is not None:
             lo, hi = limit(weight, lo, hi, row.scheme)
-        return round_weight(row.rounding, weight, row.scheme, lo, hi)
+        return round_weight(row.rounding, weight, row.scheme, lo, hi, statistics)
     except FewbitError as error:
         raise CalibrationError(f"{row.site}: {error}") from error
 

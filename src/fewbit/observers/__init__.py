@@ -1,6 +1,7 @@
 """Range estimation: one estimator a file, each with a class `Observer`, built from a scheme."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Self
 
 import torch
@@ -25,8 +26,10 @@ class RangeObserver(ABC):
         SATURATES: whether `bounds` may be narrower than what was observed.
         ORDER_INDEPENDENT: whether the same numbers in another order, or in other batches, give the same
             bounds.
+        STATISTICS: what `bounds_of` asks for beside the tensor, by name.
     """
 
+    STATISTICS: frozenset[str] = frozenset()
     SATURATES: bool
     ORDER_INDEPENDENT: bool
 
@@ -75,8 +78,24 @@ class RangeObserver(ABC):
         Raises:
             CalibrationError: nothing was seen.
         """
+        self.observed()
+        return self._limited(*self._estimate())
+
+    def bounds_of(self, x: Tensor, statistics: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The range of each block of a tensor that is there as a whole, a weight: lo, hi float32 [C].
+
+        Args:
+            x: float, finite.
+            statistics: what `STATISTICS` names.
+
+        Raises CalibrationError and FormatError as `update` does.
+        """
+        self.update(x)
+        return self.bounds()
+
+    def _limited(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """An estimate, limited to the true extremes and with zero included."""
         least, most = self.observed()
-        lo, hi = self._estimate()
         lo = torch.maximum(lo.to(torch.float32), least).clamp(max=0.0)
         hi = torch.minimum(hi.to(torch.float32), most).clamp(min=0.0)
         return lo, hi
@@ -147,3 +166,8 @@ def observer_names() -> list[str]:
 def make_observer(name: str, scheme: Scheme) -> RangeObserver:
     """A fresh observer. Raises RecipeError for an unknown name, with the nearest match."""
     return registry.module(name).Observer(scheme)
+
+
+def weight_statistics(name: str) -> frozenset[str]:
+    """What calibration must collect for this observer of a weight. Raises RecipeError for an unknown name."""
+    return frozenset(registry.module(name).Observer.STATISTICS)

@@ -50,15 +50,15 @@ def round(weight: Tensor, scheme: Scheme, lo: Tensor, hi: Tensor, statistics: Ma
         plain.dequantize(),
         *(_spread(x, plain) for x in (plain.scale, plain.zero_point)),
     )
-    found = [_round(h, *group, scheme) for h, *group in zip(hessian, *map(by_group, parts), strict=True)]
+    found = [_round(scheme, h, *group) for h, *group in zip(hessian, *map(by_group, parts), strict=True)]
     values = torch.stack(found).mT.reshape(weight.shape).to(torch.float32)
     return replace(plain, codes=encode(values, plain.scale, plain.zero_point, scheme))
 
 
 def _round(
-    hessian: Tensor, weight: Tensor, plain: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme
+    scheme: Scheme, hessian: Tensor, weight: Tensor, plain: Tensor, scale: Tensor, zero_point: Tensor
 ) -> Tensor:
-    """Rounded weights [I, O] of outputs that share their inputs; all arguments but the first are [I, O]."""
+    """Rounded weights [I, O] of outputs that share their inputs; weight and what follows are [I, O]."""
     factored = factor(hessian)
     weight, plain, scale, zero_point = (x[factored.order] for x in (weight, plain, scale, zero_point))
     nearest = _integer(scale, zero_point, scheme) if scheme.spec.integer else _table(scale, scheme)
