@@ -9,6 +9,7 @@ _WHERE = {
     "quantize": "fewbit.pipeline",
     "load": "fewbit.storage",
     "save": "fewbit.storage",
+    "synthesize": "fewbit.synthesis",
     "evaluate": "fewbit.evaluation.metrics",
     "measure": "fewbit.evaluation.measure",
     "export": "fewbit.deploy",
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from fewbit.pipeline import quantize
     from fewbit.plan import Plan, Recipe
     from fewbit.storage import load, save
+    from fewbit.synthesis import synthesize
     from fewbit.versus import benchmark
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "measure",
     "quantize",
     "save",
+    "synthesize",
     "verify",
 ]
 

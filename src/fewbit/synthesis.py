@@ -188,15 +188,15 @@ def _location(target: _Target, shape: tuple[int, ...], device: str | torch.devic
     """Offset and scale of noise that suits the model best: some take numbers around 0, some 0..1, some 0..255."""
     generator = torch.Generator().manual_seed(0)
     noise = _noise((16, *shape), _spatial((16, *shape)), generator).to(device)
-    best = (math.inf, 0.0, 1.0)
+    best, offset, chosen = math.inf, 0.0, 1.0
     with torch.no_grad():
         for ratio, exponent in itertools.product((0.0, 1.0, 2.0, -1.0, -2.0), range(-6, 9)):
             scale = 2.0**exponent
             loss = float(target.run(ratio * scale + scale * noise)[0])
             # Convolutions hardly see a constant: an offset must be clearly better to be believed.
-            if loss < (best[0] if ratio * scale == best[1] else 0.9 * best[0]):
-                best = (loss, ratio * scale, scale)
-    return best[1:]
+            if loss < (best if ratio * chosen == offset else 0.9 * best):
+                best, offset, chosen = loss, ratio * scale, scale
+    return offset, chosen
 
 
 def _log_probabilities(output: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ def _sizes(shape: tuple[int, ...], axes: tuple[int, ...]) -> list[tuple[int, ...
 def _noise(shape: tuple[int, ...], axes: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Random pictures with more of the coarse than of the fine, as photographs have; standard deviation 1."""
     parts = [
-        torch.randn(size, generator=generator) * 2.0**n for n, size in enumerate(_sizes(shape, axes)[:3])
+        torch.randn(size, generator=generator) * 2.0**n for n, size in enumerate(_sizes(shape, axes)[:4])
     ]
     noise = _compose(torch.zeros(shape), parts, axes)
     return noise / noise.std().clamp_min(1e-6) if noise.numel() > 1 else noise
