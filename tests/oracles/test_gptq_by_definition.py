@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fewbit.errors import CalibrationError
 from fewbit.numerics import QTensor, Scheme, blocks, fake_quantize
-from fewbit.numerics.gptq import DAMPING
+from fewbit.numerics.gptq import DAMPING, factor, losses, round_inputs
 from fewbit.rounding import round_weight
 
 SCHEMES = [
@@ -152,3 +152,16 @@ def test_without_a_hessian_the_rounding_says_so():
     w, scheme = weights(3, 8), Scheme("int4", "channel")
     with pytest.raises(CalibrationError, match="rounding 'gptq' needs hessian: give calibration data"):
         round_weight("gptq", w, scheme, *extremes(w, scheme))
+
+
+def test_the_losses_are_those_of_the_undamped_hessian():
+    """Those of any errors, and those that rounding finds on its way."""
+    w, x = weights(5, 150).T.to(torch.float64), inputs(30, 150)
+    hessian = x.T @ x / 30
+    factored = factor(hessian, 0.1)
+    ordered = w[factored.order]
+    rounded, found = round_inputs(ordered, factored, lambda goal, index: goal.mul(3).round().div(3))
+    back = rounded[factored.order.argsort()]
+    expected = loss(w.T, back.T, hessian)
+    assert torch.allclose(losses(ordered - rounded, factored), expected)
+    assert torch.allclose(found, expected)
