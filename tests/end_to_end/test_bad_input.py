@@ -194,7 +194,7 @@ def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     from fewbit.model import kernels
 
     def one_more(op: Any, xs: list[Tensor], codings: Any, out: Any) -> Tensor:
-        return (kernels._weighted(op, xs, codings, out) + 1).clamp(max=255)
+        return (kernels.weighted(op, xs, codings, out) + 1).clamp(max=255)
 
     monkeypatch.setitem(kernels.KERNELS, "conv", one_more)
     quantized = fewbit.quantize(network(), IMAGES)

@@ -19,6 +19,7 @@ from fewbit.model.program import Coding, Op
 from fewbit.numerics.requantize import f32_even
 
 Kernel = Callable[[Op, list[Tensor], list[Coding], Coding], Tensor]
+Accumulate = Callable[[Op, Tensor, Coding], Tensor]
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -75,8 +76,11 @@ def accumulate(op: Op, x: Tensor, coding: Coding) -> Tensor:
     return acc if bias is None else acc + bias.to(torch.int64).reshape(-1, *[1] * (weight.dim() - 2))
 
 
-def _weighted(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor:
-    acc = accumulate(op, xs[0], codings[0])
+def weighted(
+    op: Op, xs: list[Tensor], codings: list[Coding], out: Coding, sums: Accumulate = accumulate
+) -> Tensor:
+    """A convolution or linear layer, its accumulators computed by ``sums``."""
+    acc = sums(op, xs[0], codings[0])
     multiplier = _multiplier(op, codings[0], out)
     if op.kind == "conv" and multiplier.numel() > 1:
         multiplier = multiplier.reshape(-1, *[1] * (acc.dim() - 2))
@@ -190,8 +194,8 @@ def _pad(op: Op, xs: list[Tensor], codings: list[Coding], out: Coding) -> Tensor
 
 
 KERNELS: dict[str, Kernel] = {
-    "conv": _weighted,
-    "linear": _weighted,
+    "conv": weighted,
+    "linear": weighted,
     "matmul": _matmul,
     "add": _add,
     "mul": _mul,

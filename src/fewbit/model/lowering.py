@@ -17,6 +17,7 @@ from fewbit.errors import ModelError, PlanError
 from fewbit.model.codings import clamp_codes, coding_of, constant_coding, function_values, quantize_table
 from fewbit.model.graph import constant_of, module_of
 from fewbit.model.integer_forms import IntegerForm, integer_form, shape
+from fewbit.model.integer_weights import integer_weights, shiftable
 from fewbit.model.kernels import quantize
 from fewbit.model.kernels_16x8 import LARGEST_SUM, wide
 from fewbit.model.operators import operator
@@ -24,8 +25,7 @@ from fewbit.model.program import Coding, Op, Program, encode_args
 from fewbit.model.simulate import DynamicFakeQuantize, FakeQuantize, QuantizedModel
 from fewbit.model.sites import WEIGHTED, clamp_bounds, display_name, layer_name, passes_codes, rescale_factor
 from fewbit.model.values import config, dtype_name, free_shape, value_type
-from fewbit.numerics.qtensor import QTensor
-from fewbit.numerics.scheme import Scheme, blocks, unblocks
+from fewbit.numerics.scheme import Scheme
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _INT32 = 2**31 - 1
@@ -158,6 +158,7 @@ class _Lowering:
             attrs["shape"] = list(free_shape(form.inputs[0]))
         if form.kind in WEIGHTED:
             constants = self._weights(node, self.codings[inputs[0]])
+            attrs |= {"shifts": True} if shiftable(constants["weight"]) else {}
         elif form.kind == "table":
             attrs["function"] = self._function(node)
             values = function_values(attrs["function"], self.codings[inputs[0]])
@@ -207,7 +208,7 @@ class _Lowering:
         """Codes, scales and the bias of a layer (int64 for activations of 16 bits), and the proof that its sums fit."""
         layer = str(node.target)
         q = self.model.qtensors[f"{layer}.weight"]
-        constants = _integer_weights(layer, q)
+        constants = integer_weights(layer, q)
         scale = constants["weight_scale"]
         bits, most, integer = (48, LARGEST_SUM, torch.int64) if wide(x) else (32, _INT32, torch.int32)
         widest = max(abs(x.scheme.qmin - x.zero_point), abs(x.scheme.qmax - x.zero_point))
@@ -276,7 +277,7 @@ class _Lowering:
 
     def _dynamic(self, node: Node) -> None:
         form = self._form(node)
-        constants = _integer_weights(str(node.target), self.model.qtensors[f"{node.target}.weight"])
+        constants = integer_weights(str(node.target), self.model.qtensors[f"{node.target}.weight"])
         bias = getattr(self.gm.get_submodule(str(node.target)), "bias", None)
         if bias is not None:
             constants["bias"] = bias.detach().clone()
@@ -349,18 +350,6 @@ class _Lowering:
             "shape": list(free_shape(_first(node))),
         }
         self._emit("module", "float", node, inputs, attrs=attrs, constants=constants)
-
-
-def _integer_weights(layer: str, q: QTensor) -> dict[str, Tensor]:
-    """Codes less their zero points (int8), and a scale per output channel: kernels know no zero points of weights."""
-    fits = q.scheme.spec.integer and q.scheme.granularity != "group"
-    rows = blocks(q.codes.to(torch.int32), q.scheme) - q.zero_point.reshape(-1, 1) if fits else None
-    if rows is None or bool((rows.to(torch.int8) != rows).any()):
-        raise PlanError(
-            f"{layer}: weights {q.scheme} have no integer kernel; use symmetric int8 per channel or tensor"
-        )
-    scale = q.scale if q.scale.numel() > 1 else q.scale.expand(q.shape[0])
-    return {"weight": unblocks(rows.to(torch.int8), q.shape, q.scheme), "weight_scale": scale.clone()}
 
 
 def _first(node: Node) -> Node:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fewbit.model import kernels, kernels_q31, kernels_xnnpack
+from fewbit.model.integer_weights import SHIFTS
 from fewbit.model.program import Coding
 
 
@@ -19,6 +20,7 @@ class Profile:
 
 PROFILES: dict[str, Profile] = {
     "f32_even": Profile(kernels.KERNELS, kernels.quantize),
+    "f32_even_shifts": Profile(SHIFTS, kernels.quantize),
     "xnnpack": Profile(kernels_xnnpack.KERNELS, kernels.quantize),
     "q31_double": Profile(kernels_q31.KERNELS, kernels_q31.quantize),
 }

@@ -48,7 +48,8 @@ class Reference:
     """A program ready to run. Calling it with the model's inputs gives the model's outputs.
 
     ``run`` also gives every intermediate value; codes are int32 tensors, everything else is float32.
-    ``requantization`` names the rule of the kernels that are reproduced: "f32_even", "xnnpack" or "q31_double".
+    ``requantization`` names the rule of the kernels that are reproduced: "f32_even", "xnnpack" or "q31_double";
+    "f32_even_shifts" shifts where weights are powers of two instead of multiplying, with the same result.
     """
 
     def __init__(self, program: Program, requantization: str = "f32_even") -> None:

@@ -18,6 +18,9 @@ from fewbit.plan.plan import Site
 WEIGHTED = ("conv", "linear")
 QUANTIZERS = "activation_quantizers"  # the submodule of a quantized graph that holds its quantize steps
 Mode = Callable[[str, str], str]  # (layer, op) -> "static" | "dynamic" | "weight-only" | "float"
+Decoded = Callable[
+    [str, str], str | None
+]  # (layer, op) -> the weights' format, if only float kernels multiply it
 
 
 @dataclass
@@ -63,10 +66,10 @@ def layer_name(node: Node) -> str:
     )
 
 
-def place(gm: GraphModule, mode: Mode) -> Placement:
+def place(gm: GraphModule, mode: Mode, decoded: Decoded = lambda layer, op: None) -> Placement:
     """Decide which nodes compute on integers, given what the recipe wants of each layer."""
     p = Placement()
-    forms = _candidates(gm, mode, p)
+    forms = _candidates(gm, mode, decoded, p)
     _fuse_clamps(gm, forms, p)
     for node, form in forms.items():
         if form.heavy:
@@ -83,7 +86,7 @@ def place(gm: GraphModule, mode: Mode) -> Placement:
     return p
 
 
-def _candidates(gm: GraphModule, mode: Mode, p: Placement) -> dict[Node, IntegerForm]:
+def _candidates(gm: GraphModule, mode: Mode, decoded: Decoded, p: Placement) -> dict[Node, IntegerForm]:
     forms: dict[Node, IntegerForm] = {}
     for node in gm.graph.nodes:
         op = operator(node, gm)
@@ -93,6 +96,12 @@ def _candidates(gm: GraphModule, mode: Mode, p: Placement) -> dict[Node, Integer
         wanted = mode(layer_name(node), op.name)
         if isinstance(answer, str):
             p.floats[node] = answer
+        elif (
+            wanted in ("static", "dynamic")
+            and answer.kind in WEIGHTED
+            and (table := decoded(layer_name(node), op.name))
+        ):
+            p.floats[node] = f"its {table} weights are decoded to float: no integer kernel multiplies them"
         elif wanted == "dynamic" and answer.kind in WEIGHTED:
             p.dynamic[node] = answer
         elif wanted != "static":

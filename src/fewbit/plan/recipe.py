@@ -154,6 +154,25 @@ class Recipe:
             return "float"
         return {"float": "weight-only", "dynamic": "dynamic"}.get(activations, "static")
 
+    def decoded(self, layer: str, op: str) -> str | None:
+        """The layer's weight format, by rules, if no integer kernel can multiply it, however it is stored; else None.
+
+        Such a layer computes in float, on decoded weights, whatever its activations. Formats that are numbers
+        themselves (integers, float16) are not meant: to ask for those with integer activations may be a mistake.
+        """
+        weights, grouped = self.weights, self.granularity == "group"
+        for rule in self.rules:
+            if rule.matches(layer, op):
+                weights = rule.weights or weights
+                grouped = grouped if rule.granularity is None else rule.granularity == "group"
+                grouped = grouped or rule.group_size is not None
+        if weights == "float":
+            return None
+        spec = get_format(weights)
+        if spec.integer or spec.code_dtype.is_floating_point:
+            return None
+        return weights if spec.unit is None or spec.block or (grouped and spec.scaled) else None
+
     def validate(self, observers: Collection[str], roundings: Collection[str]) -> None:
         """RecipeError where a format does not exist, or an observer or rounding is not among those given."""
         for where, key, value in self._names():

@@ -120,7 +120,7 @@ def _no_kernel(row: Row) -> str | None:
     if row.kind != "weight" or scheme is None:
         return None
     problem = None
-    if not scheme.spec.integer or scheme.spec.bits > 8:
+    if scheme.spec.unit is None:
         problem = f"{scheme.format} weights have no integer kernel; use int8 or fewer bits"
     elif not scheme.symmetric and scheme.spec.bits > 6:
         problem = "weights of over 6 bits with zero points have no integer kernel; use weight_symmetric=True"

@@ -20,6 +20,7 @@ from fewbit.model.program import Program
 from fewbit.targets import Described, Kernel
 from fewbit.targets._onnx.dynamic import restore_dynamic
 from fewbit.targets._onnx.runtime import session
+from fewbit.targets._onnx.tables import numbers_again
 
 METADATA = "fewbit.program"
 _LARGEST_DESCRIPTION = 64 * 2**20
@@ -43,7 +44,7 @@ INTEGER_KERNELS = {
 }
 
 
-def describe(program: Program, constants: dict[str, str], codes: dict[str, str]) -> str:
+def describe(program: Program, constants: dict[str, Any], codes: dict[str, str]) -> str:
     """The program as text for a file's properties; ``constants`` and ``codes`` name the file's own tensors."""
     data = program.to_json()
     for op in data["ops"]:
@@ -78,9 +79,9 @@ def read_back(path: Path) -> Described:
         )
     try:
         data = unpacked(properties[METADATA])
-        stored = {i.name: i for i in model.graph.initializer}
+        stored = _Arrays(model)
         tensors = {
-            key: torch.from_numpy(_plain(numpy_helper.to_array(stored[name])))
+            key: torch.from_numpy(numbers_again(name, stored) if isinstance(name, dict) else stored[name])
             for key, name in data["constants"].items()
         }
         codes = {str(k): str(v) for k, v in data["codes"].items()}
@@ -117,6 +118,17 @@ def load(path: Path) -> onnx.ModelProto:
     except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
         raise ArtifactError(f"{path}: not a valid ONNX file ({str(error).splitlines()[0][:200]})") from error
     return model
+
+
+class _Arrays(dict[str, np.ndarray]):
+    """A file's initializers by name, 4-bit codes as int8, read when they are asked for."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        super().__init__()
+        self._protos = {i.name: i for i in model.graph.initializer}
+
+    def __missing__(self, name: str) -> np.ndarray:
+        return _plain(numpy_helper.to_array(self._protos[name]))
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

@@ -6,6 +6,10 @@ weights. A runtime that does not fold constants does it in every run, with the s
 times as long; it has neither for FLOAT4E2M1.
 """
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -21,6 +25,7 @@ _PLANES = {
     2: 700,
     1: 700,
 }  # widths in bits, and about what the nodes to unpack one take in bytes
+_TABLE = 250  # bytes of a table and its look-up
 _FEW = 256  # scales that an index of 8 bits can tell apart
 _NATIVE = {
     "float8_e4m3": ml_dtypes.float8_e4m3fn,
@@ -56,17 +61,51 @@ def looked_up(builder: Builder, q: QTensor, name: str, transposed: bool = False)
     return values if order == sorted(order) else builder.node("Transpose", [values], name, perm=order)
 
 
-def indices(builder: Builder, codes: np.ndarray, bits: int, name: str) -> str:
+def fewer_bytes(codes: np.ndarray, values: int) -> bool:
+    """Whether int8 numbers of so many values are smaller as indices and a table than as they are, or in 4 bits."""
+    bits = _bits(values)
+    alone = min(_PLANES[8] + codes.size, _PLANES[4] + codes.size // 2 if np.abs(codes).max() <= 7 else 2**62)
+    return _bytes(_widths(bits, codes.size), codes.size) + _TABLE < alone
+
+
+def numbers(builder: Builder, codes: np.ndarray, name: str) -> tuple[str, dict[str, Any]]:
+    """int8 numbers of few values as indices and a table, and what ``numbers_again`` needs to read them again."""
+    values, index = np.unique(codes, return_inverse=True)
+    table = builder.constant(values.astype(np.int8), f"{name}_values")
+    planes: list[list[Any]] = []
+    narrow = index.reshape(codes.shape).astype(np.uint8)
+    found = indices(builder, narrow, _bits(len(values)), name, planes)
+    parts = {"values": table, "planes": planes, "shape": list(codes.shape)}
+    return builder.node("Gather", [table, found], name), parts
+
+
+def numbers_again(stored: dict[str, Any], initializers: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The inverse of ``numbers``; raises ValueError, LookupError or TypeError for what it cannot have written."""
+    shape = [int(n) for n in stored["shape"]]
+    count, index, offset = math.prod(shape), np.zeros((), np.int64), 0
+    for name, width in stored["planes"]:
+        plane = initializers[name].astype(np.int64).reshape(-1)
+        if width < 4:
+            plane = (plane.reshape(-1, 1) >> (np.arange(8 // width) * width)).reshape(-1)
+        index = index + ((plane[:count] & (2**width - 1)) << offset)
+        offset += width
+    return initializers[stored["values"]][index.reshape(shape)]
+
+
+def indices(
+    builder: Builder, codes: np.ndarray, bits: int, name: str, planes: list[list[Any]] | None = None
+) -> str:
     """uint8 codes of that many bits, stored densely, as an int32 value of the same shape.
 
     Each plane of 8, 4, 2 or 1 bits is an initializer of its own, the codes' lowest bits first; in a byte, the first
     code has the lowest bits. Planes of 4 bits have ONNX's own type. Few codes are stored wider, where the nodes that
-    unpack them would take more than they save.
+    unpack them would take more than they save. ``planes`` learns initializers and their widths.
     """
+    planes = [] if planes is None else planes
     joined, offset = "", 0
     for width in _widths(bits, codes.size):
         part = (codes >> offset) & (2**width - 1)
-        plane = _plane(builder, part, width, f"{name}_codes")
+        plane = _plane(builder, part, width, f"{name}_codes", planes)
         if offset:
             plane = builder.node("BitShift", [plane, _byte(builder, offset)], name, direction="LEFT")
             plane = builder.node("BitwiseOr", [joined, plane], name)
@@ -78,21 +117,34 @@ def _widths(bits: int, count: int) -> list[int]:
     """The planes that so many codes take the fewest bytes in: as wide as the codes together, or one that is wider."""
     exact = [w for w in _PLANES if bits & w]
     choices = [exact, *([w] for w in _PLANES if w > bits)]
-    return min(choices, key=lambda widths: sum(_PLANES[w] + count * w // 8 for w in widths))
+    return min(choices, key=lambda widths: _bytes(widths, count))
 
 
-def _plane(builder: Builder, part: np.ndarray, width: int, name: str) -> str:
+def _bits(values: int) -> int:
+    """How wide an index of so many values is."""
+    return max(values - 1, 1).bit_length()
+
+
+def _bytes(widths: list[int], count: int) -> int:
+    """About what planes of these widths take in a file, their nodes included."""
+    return sum(_PLANES[width] + count * width // 8 for width in widths)
+
+
+def _plane(builder: Builder, part: np.ndarray, width: int, name: str, planes: list[list[Any]]) -> str:
     """Codes of 8, 4, 2 or 1 bits as a uint8 value."""
-    if width == 8:
-        return builder.constant(part, name)
-    if width == 4:
-        stored = builder.constant(int4(part, signed=False), name)
+    if width >= 4:
+        stored = builder.constant(int4(part, signed=False) if width == 4 else part, name)
+        planes.append([stored, width])
+        if width == 8:
+            return stored
         return builder.node("Cast", [stored], name, to=onnx.TensorProto.UINT8)
     each = 8 // width
     flat = np.pad(part.reshape(-1), (0, -part.size % each)).reshape(-1, each)
     shifts = np.arange(each, dtype=np.uint8) * np.uint8(width)
     packed = np.bitwise_or.reduce(flat << shifts, axis=1, dtype=np.uint8).reshape(-1, 1)
-    parts = [builder.constant(packed, name), builder.constant(shifts.reshape(1, -1), "shifts")]
+    stored = builder.constant(packed, name)
+    planes.append([stored, width])
+    parts = [stored, builder.constant(shifts.reshape(1, -1), "shifts")]
     unpacked = builder.node("BitShift", parts, name, direction="RIGHT")
     value = builder.node("BitwiseAnd", [unpacked, _byte(builder, 2**width - 1)], name)
     value = builder.node("Reshape", [value, builder.ints([-1])], name)

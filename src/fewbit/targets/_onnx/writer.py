@@ -13,6 +13,7 @@ from fewbit.targets._onnx.builder import Builder, int4, value_info
 from fewbit.targets._onnx.dynamic import emit_dynamic
 from fewbit.targets._onnx.floats import emit_float
 from fewbit.targets._onnx.probe import METADATA, describe
+from fewbit.targets._onnx.tables import fewer_bytes, numbers
 
 
 class Writer:
@@ -22,13 +23,15 @@ class Writer:
     between DequantizeLinear and QuantizeLinear, as TensorRT wants it, instead of moving codes about directly.
     """
 
+    tables = True  # whether weights of few values may be stored as indices
+
     def __init__(self, program: Program, explicit: bool = False) -> None:
         self.program = program
         self.explicit = explicit
         self.builder = Builder()
         self.names: dict[str, Any] = {}
         self.views: dict[tuple[str, float, int], str] = {}
-        self.constants: dict[str, str] = {}
+        self.constants: dict[str, Any] = {}
 
     def model(self, metadata: dict[str, str]) -> onnx.ModelProto:
         """The ONNX model; ``metadata`` goes into its properties, beside a description of the program itself."""
@@ -134,7 +137,11 @@ class Writer:
             raise TargetError(
                 f"{op.layer}: {codes.dtype} weights have no integer kernel in ONNX Runtime; use int8"
             )
-        if self.explicit or np.abs(codes).max(initial=0) > 7:
+        values = 0 if self.explicit or not self.tables else len(np.unique(codes))
+        if values and fewer_bytes(codes, values):
+            stored, parts = numbers(self.builder, codes, name)
+            self.constants[f"{op.output}.weight"] = parts
+        elif self.explicit or np.abs(codes).max(initial=0) > 7:
             stored = self.stored(op, "weight", codes, name)
         else:
             # ONNX Runtime has no 4-bit kernel: it folds this Cast when it loads the file, and then sees int8 weights.
