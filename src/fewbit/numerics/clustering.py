@@ -13,10 +13,10 @@ from torch import Tensor
 
 _ITERATIONS = 300
 _SETTLED = 1e-7  # relative gain of an iteration that ends the search
-_WORK = 2e8  # candidates that dynamic programming may look at, over all rows
+_WORK = 1e9  # candidates that dynamic programming may look at, over all rows
 _MOST_BINS = 1024
-_CELLS = 2**22  # numbers in a table of costs at a time
-_PER_LEVEL = 3  # with fewer bins for each level, the bins' ends would decide
+_CELLS = 2**18  # numbers in a table of costs at a time
+_PER_LEVEL = 2  # with fewer bins for each level, the bins' ends would decide
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class _Sorted:
     weight: Tensor
     first: Tensor
     second: Tensor
+
+    def of(self, rows: Tensor | slice) -> "_Sorted":
+        """Some of the rows."""
+        return _Sorted(self.x[rows], self.weight[rows], self.first[rows], self.second[rows])
 
 
 def cluster(rows: Tensor, levels: int, weights: Tensor | None = None) -> Tensor:
@@ -78,13 +82,14 @@ def _cumulated(x: Tensor) -> Tensor:
 
 def _start(data: _Sorted, levels: int) -> Tensor:
     """Values to begin with: float64 [C, levels], ascending, one of them zero."""
-    parts, count, n = [], len(data.x), data.x.shape[1]
+    parts, count = [], len(data.x)
     bins = min(int((_WORK / (2 * count * levels)) ** 0.5), _MOST_BINS)
-    optimal = min(bins, n) == n or bins >= _PER_LEVEL * levels
-    bins = min(bins, n) if optimal else _MOST_BINS
+    one_side = int(torch.maximum((data.x < 0).sum(dim=1), (data.x > 0).sum(dim=1)).max())
+    optimal = bins >= min(one_side, _PER_LEVEL * levels)
+    bins = max(min(bins, one_side), 1) if optimal else min(max(data.x.shape[1] // 8, levels), _MOST_BINS)
     step = max(1, _CELLS // (2 * (bins + 1) ** 2)) if optimal else count
     for begin in range(0, count, step):
-        part = _Sorted(*(t[begin : begin + step] for t in (data.x, data.weight, data.first, data.second)))
+        part = data.of(slice(begin, begin + step))
         side = _sides(part, bins)
         found = _optimal(side, levels - 1) if optimal else _by_density(side, levels - 1)
         negative, positive = found.chunk(2)
@@ -141,18 +146,12 @@ def _optimal(side: _Sides, most: int) -> Tensor:
     cost = (cost / second[:, -1:].clamp(min=1e-300).unsqueeze(2)).to(torch.float32)
     cost += torch.full(cost.shape[1:], torch.inf, device=cost.device).triu(1)
     rest = second[:, -1:] - second  # what it costs to code the bins from j on as zero
-    losses, ends, begins = [rest[:, 0]], [torch.zeros_like(weight[:, 0], dtype=torch.int64)], []
-    least = cost[:, :, 0]
-    for value in range(most):
-        if value:
-            least, begin = (least.unsqueeze(1) + cost).min(dim=2)
-        else:
-            begin = torch.zeros_like(weight, dtype=torch.int64)
-        begins.append(begin)
-        loss, end = (least * second[:, -1:] + rest).min(dim=1)
-        losses.append(loss)
-        ends.append(end)
-    return _traced(side, _shares(torch.stack(losses, dim=1)), torch.stack(ends, dim=1), begins)
+    least = [torch.full_like(rest, torch.inf, dtype=torch.float32)]
+    least[0][:, 0] = 0  # no bins, no values
+    for _ in range(most):
+        least.append((least[-1].unsqueeze(1) + cost).amin(dim=2))
+    losses = torch.stack([(each * second[:, -1:] + rest).amin(dim=1) for each in least], dim=1)
+    return _traced(side, cost, least, rest, _shares(losses))
 
 
 def _shares(losses: Tensor) -> Tensor:
@@ -162,18 +161,22 @@ def _shares(losses: Tensor) -> Tensor:
     return torch.cat((share, losses.shape[1] - 1 - share))
 
 
-def _traced(side: _Sides, share: Tensor, ends: Tensor, begins: list[Tensor]) -> Tensor:
-    """The means of the cells that led to the best end: float64 [2 * C, most]."""
-    end = ends.gather(1, share.unsqueeze(1))
-    means = []
-    for value in range(len(begins), 0, -1):
-        used = share.unsqueeze(1) >= value
-        begin = torch.where(used, begins[value - 1].gather(1, end), end)
-        weight = side.weight.gather(1, end) - side.weight.gather(1, begin)
-        first = side.first.gather(1, end) - side.first.gather(1, begin)
+def _traced(side: _Sides, cost: Tensor, least: list[Tensor], rest: Tensor, share: Tensor) -> Tensor:
+    """The means of the cells that led to the best end: float64 [2 * C, values].
+
+    Only the least costs were kept, not where they came from: that is looked up again for the few cells that count.
+    """
+    row = torch.arange(len(share), device=share.device)
+    last = torch.stack(least, dim=1)[row, share] * side.second[:, -1:] + rest
+    end, means = last.argmin(dim=1), []
+    for value in range(len(least) - 1, 0, -1):
+        begin = (least[value - 1] + cost[row, end]).argmin(dim=1)
+        begin = torch.where(share >= value, begin, end)
+        weight = side.weight[row, end] - side.weight[row, begin]
+        first = side.first[row, end] - side.first[row, begin]
         means.append(torch.where(weight > 0, first / weight, 0.0))
         end = begin
-    return torch.cat(means, dim=1)
+    return torch.stack(means, dim=1)
 
 
 def _by_density(side: _Sides, most: int) -> Tensor:
@@ -191,18 +194,22 @@ def _by_density(side: _Sides, most: int) -> Tensor:
 
 
 def _lloyd(data: _Sorted, values: Tensor) -> Tensor:
-    """Move each value to the mean of its cell until nothing is gained; zero stays, and so do values of empty cells."""
-    free = values != 0
-    best, least = values, data.second.new_full((len(values),), torch.inf)
+    """Moves each value to the mean of its cell until nothing is gained; zero stays, and so do values of empty cells."""
+    best, rows = values.clone(), torch.arange(len(values), device=values.device)
+    least = data.second.new_full((len(values),), torch.inf)
     for _ in range(_ITERATIONS):
         ends = _cell_ends(data, values)
         weight, first = data.weight.gather(1, ends).diff(dim=1), data.first.gather(1, ends).diff(dim=1)
         loss = data.second[:, -1] + (weight * values.square() - 2 * values * first).sum(dim=1)
-        best = torch.where((loss < least).unsqueeze(1), values, best)
-        if bool((loss >= least * (1 - _SETTLED)).all()):
+        gains = loss < least * (1 - _SETTLED)
+        best[rows[loss < least]] = values[loss < least]
+        values = torch.where((values != 0) & (weight > 0), first / weight, values)
+        least = torch.minimum(loss, least)
+        going = int(gains.sum())
+        if going == 0:
             break
-        least = torch.minimum(least, loss)
-        values = torch.where(free & (weight > 0), first / weight, values)
+        if going < len(rows) / 2:  # leave the settled rows behind
+            rows, values, least, data = rows[gains], values[gains], least[gains], data.of(gains)
     return best
 
 

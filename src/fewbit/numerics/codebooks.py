@@ -103,4 +103,4 @@ def _in_turn(
 
 
 def _float16(table: Tensor) -> Tensor:
-    return table.to(torch.float16).to(torch.float32)
+    return table.to(torch.float16).to(torch.float32) + 0.0  # no minus zero
