@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,14 +144,16 @@ def prepared(request: pytest.FixtureRequest) -> Prepared:
 
 def settings(name: str, reference: fx.GraphModule, gm: fx.GraphModule, x: Tensor) -> dict[str, Any]:
     """What a pass takes besides the graph; what corrects quantization gets a graph with coarse weights."""
-    if name != "bias_correction":
-        return {}
-    kinds = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-    layers = [n for n, m in gm.named_modules() if isinstance(m, kinds)]
-    for layer in {id(gm.get_submodule(n).weight): gm.get_submodule(n) for n in layers}.values():
-        step = layer.weight.abs().max() / 3
-        layer.weight.data = torch.round(layer.weight.data / step) * step
-    return {"reference": reference, "batches": [(x,), (x.flip(0) + 0.5,)], "layers": layers}
+    takes = inspect.signature(registry.module(name).apply).parameters
+    found: dict[str, Any] = {"batches": [(x,), (x.flip(0) + 0.5,)]} if "batches" in takes else {}
+    if "reference" in takes:
+        kinds = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+        layers = [n for n, m in gm.named_modules() if isinstance(m, kinds)]
+        for layer in {id(gm.get_submodule(n).weight): gm.get_submodule(n) for n in layers}.values():
+            step = layer.weight.abs().max() / 3
+            layer.weight.data = torch.round(layer.weight.data / step) * step
+        found |= {"reference": reference, "layers": layers}
+    return found
 
 
 def leaves(result: Any) -> list[Tensor]:
@@ -167,6 +170,8 @@ def test_says_what_it_preserves(name: str) -> None:
     assert isinstance(module.PRESERVES, str)
     assert module.PRESERVES.endswith(".")
     assert module.TOLERANCE is None or 0 < module.TOLERANCE <= 1e-3
+    takes = inspect.signature(module.apply).parameters
+    assert getattr(module, "READS_DATA", False) == ("batches" in takes)
     assert module.__doc__
 
 

@@ -1,7 +1,8 @@
 """Rewrites of a graph in standard form: one a file, with `PRESERVES`, `TOLERANCE`, `apply(gm, **settings)`.
 
 `PRESERVES` says in one sentence what the pass keeps. `TOLERANCE` is how far the outputs may move, relative to
-their largest magnitude, or None for a pass that moves them on purpose and checks its own promise.
+their largest magnitude, or None for a pass that moves them on purpose and checks its own promise. A pass with
+`READS_DATA = True` takes calibration inputs as `apply(gm, *, batches=...)`: tuples of tensors, readable again.
 """
 
 from __future__ import annotations

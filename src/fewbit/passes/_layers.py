@@ -12,6 +12,8 @@ from fewbit.model.graph import module_of
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Weighted = Convolution | nn.Linear
+Moments = tuple[Tensor, Tensor]  # mean and standard deviation per channel, float64 [C]
+_MOMENTS = "output_moments"
 CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -92,10 +94,11 @@ def channels_in(layer: Weighted) -> int:
     return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
 
 
-def store(name: str, layer: Weighted, weight: Tensor, bias: Tensor | None) -> None:
+def store(name: str, layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     """Give a layer new values in its own dtype; ModelError, and no change, if one is not finite there."""
     values = {"weight": weight, "bias": bias}
-    dtype = layer.weight.dtype
+    own = layer.get_parameter("weight")
+    dtype = own.dtype
     stored = {key: value.detach().to(dtype) for key, value in values.items() if value is not None}
     for key, value in stored.items():
         bad = (~torch.isfinite(value)).nonzero()
@@ -106,5 +109,16 @@ def store(name: str, layer: Weighted, weight: Tensor, bias: Tensor | None) -> No
             )
     for key, value in stored.items():
         old = getattr(layer, key)
-        trained = layer.weight.requires_grad if old is None else old.requires_grad
+        trained = own.requires_grad if old is None else old.requires_grad
         setattr(layer, key, nn.Parameter(value.contiguous(), requires_grad=trained))
+
+
+def moments(node: fx.Node) -> Moments | None:
+    """What a folded batch norm knew of this layer's output; None where none was folded."""
+    found: Moments | None = node.meta.get(_MOMENTS)
+    return found
+
+
+def set_moments(node: fx.Node, mean: Tensor, std: Tensor) -> None:
+    """Note mean and standard deviation of a layer's output; a pass that moves the output notes the new ones."""
+    node.meta[_MOMENTS] = (mean.detach().double(), std.detach().double())

@@ -44,7 +44,7 @@ def follow(first: fx.Node, gm: fx.GraphModule) -> Path | str:
     """The path from `first`, a convolution or linear layer, to the next such layer; or why there is none."""
     layer = weighted(first, gm)
     assert layer is not None
-    rank = len(_shape(first))
+    rank = len(shape_of(first))
     axis = rank - 1 if isinstance(layer, nn.Linear) else rank - layer.weight.dim() + 1
     channels: Channels | str = Channels(axis)
     node = first
@@ -54,25 +54,42 @@ def follow(first: fx.Node, gm: fx.GraphModule) -> Path | str:
             return f"the output of {node.name!r} is read by {len(readers)} operators"
         source, node = node, readers[0]
         if weighted(node, gm) is not None:
-            return _arrive(first, source, node, channels, gm)
-        channels = _through(node, source, channels, channels_out(layer), gm)
+            repeat = _arrive(source, node, channels, channels_out(layer), gm)
+            return repeat if isinstance(repeat, str) else Path(first, node, repeat)
+        channels = through(node, source, channels, channels_out(layer), gm)
     return channels
 
 
-def _arrive(
-    first: fx.Node, source: fx.Node, second: fx.Node, channels: Channels, gm: fx.GraphModule
-) -> Path | str:
+def spread(source: fx.Node, at: Channels, count: int, gm: fx.GraphModule) -> list[tuple[fx.Node, int]] | str:
+    """All layers that read the `count` channels of `source`, each with its repeat; or what else reads them."""
+    found: list[tuple[fx.Node, int]] = []
+    for node in source.users:
+        if node.op == "output":
+            return f"{source.name!r} is an output of the model"
+        if weighted(node, gm) is not None:
+            repeat = _arrive(source, node, at, count, gm)
+            inner: list[tuple[fx.Node, int]] | str = repeat if isinstance(repeat, str) else [(node, repeat)]
+        else:
+            passed = through(node, source, at, count, gm)
+            inner = passed if isinstance(passed, str) else spread(node, passed, count, gm)
+        if isinstance(inner, str):
+            return inner
+        found += inner
+    return found
+
+
+def _arrive(source: fx.Node, second: fx.Node, at: Channels, count: int, gm: fx.GraphModule) -> int | str:
+    """How many inputs of the layer `second` come from one of the `count` channels of `source`."""
     layer = weighted(second, gm)
-    producer = weighted(first, gm)
-    assert layer is not None and producer is not None
-    rank = len(_shape(source))
+    assert layer is not None
+    rank = len(shape_of(source))
     axis = rank - 1 if isinstance(layer, nn.Linear) else rank - layer.weight.dim() + 1
-    if axis != channels.axis or channels_in(layer) != channels_out(producer) * channels.repeat:
+    if axis != at.axis or channels_in(layer) != count * at.repeat:
         return f"its channels are not the input channels of {second.target}"
-    return Path(first, second, channels.repeat)
+    return at.repeat
 
 
-def _through(node: fx.Node, source: fx.Node, at: Channels, count: int, gm: fx.GraphModule) -> Found:
+def through(node: fx.Node, source: fx.Node, at: Channels, count: int, gm: fx.GraphModule) -> Found:
     """Where the channels are after `node`, which reads `source`; the reason when a factor cannot pass."""
     op = operator(node, gm)
     name = op.name if op is not None else ""
@@ -84,7 +101,7 @@ def _through(node: fx.Node, source: fx.Node, at: Channels, count: int, gm: fx.Gr
     if name in POINTWISE or (name in ("mul", "div") and _by_number(node)):
         return at
     if name in SPATIAL:
-        return at if at.axis < len(_shape(source)) - _spatial_dims(node) and _pads_zeros(node) else stop
+        return at if at.axis < len(shape_of(source)) - _spatial_dims(node) and _pads_zeros(node) else stop
     if name in ("mean", "max"):
         return _reduced(node, source, at) or stop
     if name == "transpose":
@@ -119,7 +136,7 @@ def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
 
 def _reduced(node: fx.Node, source: fx.Node, at: Channels) -> Channels | None:
     """After a mean or maximum over other axes."""
-    rank = len(_shape(source))
+    rank = len(shape_of(source))
     over = _argument(node, 1, "dim", None)
     if node.target not in (aten.mean.dim, aten.amax.default) or not over:
         return None
@@ -131,7 +148,7 @@ def _reduced(node: fx.Node, source: fx.Node, at: Channels) -> Channels | None:
 
 
 def _transposed(node: fx.Node, source: fx.Node, at: Channels) -> Channels:
-    rank = len(_shape(source))
+    rank = len(shape_of(source))
     order = list(range(rank))
     if node.target is aten.transpose.int:
         a, b = (int(axis) % rank for axis in node.args[1:3])  # type: ignore[arg-type]
@@ -148,7 +165,7 @@ def _reshaped(node: fx.Node, source: fx.Node, at: Channels, count: int) -> Chann
     shape holds the channels when as many elements are in front of it as were in front of the old one, and its
     size is a multiple of their number.
     """
-    old, new = _shape(source), _shape(node)
+    old, new = shape_of(source), shape_of(node)
     wanted = list(node.args[1]) if node.target is aten.reshape.default else []  # type: ignore[arg-type]
     if at.axis == 0 or not all(isinstance(size, int) for size in wanted):
         return None
@@ -160,7 +177,7 @@ def _reshaped(node: fx.Node, source: fx.Node, at: Channels, count: int) -> Chann
     return None
 
 
-def _shape(node: fx.Node) -> tuple[int, ...]:
+def shape_of(node: fx.Node) -> tuple[int, ...]:
     shape = node.meta.get("shape")
     return tuple(node.meta["val"].shape if shape is None else shape)
 

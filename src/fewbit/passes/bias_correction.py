@@ -22,6 +22,7 @@ PRESERVES = (
     "graph, within 1 % of the output's root mean square unless a note says otherwise."
 )
 TOLERANCE = None  # it moves the outputs on purpose; `correct` measures the means again instead
+READS_DATA = True
 RESIDUAL = 1e-2
 SWEEPS = 5
 

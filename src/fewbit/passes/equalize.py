@@ -18,8 +18,10 @@ from fewbit.passes._layers import (
     by_output,
     channels_out,
     is_shared,
+    moments,
     scale_inputs,
     scale_outputs,
+    set_moments,
     shared_parameters,
     store,
     weighted,
@@ -67,6 +69,9 @@ def apply(gm: fx.GraphModule) -> list[str]:
     touched = {str(node.target) for path in moved for node in (path.first, path.second)}
     for name in touched:
         store(name, values[name].layer, values[name].weight, values[name].bias)
+    for path, factor in moved.items():
+        if (known := moments(path.first)) is not None:
+            set_moments(path.first, known[0] / factor, known[1] / factor)
     return [*(_note(path, values, moved.get(path)) for path in paths), *notes]
 
 
@@ -120,8 +125,8 @@ def _ranges(path: Path, values: dict[str, Values]) -> tuple[Tensor, Tensor]:
     return r1, r2
 
 
-def _sweep(paths: list[Path], values: dict[str, Values]) -> dict[Path, float]:
-    """Equalize pair after pair until no factor changes; returns each moved pair's largest factor."""
+def _sweep(paths: list[Path], values: dict[str, Values]) -> dict[Path, Tensor]:
+    """Equalize pair after pair until no factor changes; returns each moved pair's factors."""
     total: dict[Path, Tensor] = {}
     active = list(paths)
     for _ in range(SWEEPS):
@@ -138,7 +143,7 @@ def _sweep(paths: list[Path], values: dict[str, Values]) -> dict[Path, float]:
         active = [p for p in paths if {str(p.first.target), str(p.second.target)} & changed]
         if not changed:
             break
-    return {path: float(factor.log().abs().max().exp()) for path, factor in total.items()}
+    return total
 
 
 def _left(path: Path, values: dict[str, Values], r1: Tensor, r2: Tensor) -> Tensor:
@@ -160,9 +165,11 @@ def _move(path: Path, values: dict[str, Values], factor: Tensor) -> None:
     second.weight = scale_inputs(second.layer, second.weight, factor.repeat_interleave(path.repeat))
 
 
-def _note(path: Path, values: dict[str, Values], factor: float | None) -> str:
+def _note(path: Path, values: dict[str, Values], factor: Tensor | None) -> str:
     r1, r2 = _ranges(path, values)
     left = _left(path, values, r1, r2).nonzero().flatten().tolist()
     pair = f"{path.first.target} -> {path.second.target}"
-    done = "already equal" if factor is None else f"equalized, factors up to {factor:.3g}"
+    done = "already equal"
+    if factor is not None:
+        done = f"equalized, factors up to {float(factor.log().abs().max().exp()):.3g}"
     return f"{pair}: {done}" + (f"; channels {left} are dead or constant and stay" if left else "")

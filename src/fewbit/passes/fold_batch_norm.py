@@ -8,10 +8,12 @@ from torch import Tensor, fx, nn
 from fewbit.errors import ModelError
 from fewbit.model.graph import module_of
 from fewbit.passes._layers import (
+    Moments,
     Weighted,
     calls,
     is_shared,
     scale_outputs,
+    set_moments,
     shared_parameters,
     store,
     weighted,
@@ -51,6 +53,7 @@ def apply(gm: fx.GraphModule) -> list[str]:
         tied = is_shared(layer, shared_parameters(gm))
         _fold(str(producer.target), layer, _norm(node, gm))
         for call in calls(gm)[str(producer.target)]:
+            set_moments(call, *_moments(_norm(node, gm)))
             gone.add(_remove(next(iter(call.users)), call))
         alone = ", which shares its parameters with other layers no more" if tied else ""
         notes.append(f"{node.target} folded into {producer.target}{alone}")
@@ -122,6 +125,16 @@ def _fold(name: str, layer: Weighted, norm: nn.modules.batchnorm._BatchNorm) -> 
     if norm.bias is not None:
         bias = bias + norm.bias.detach().double()
     store(name, layer, scale_outputs(layer, layer.weight.detach().double(), gain), bias)
+
+
+def _moments(norm: nn.modules.batchnorm._BatchNorm) -> Moments:
+    """Mean and standard deviation of what the batch norm gives, per channel, on its training data."""
+    assert norm.running_var is not None
+    ones = torch.ones(norm.num_features, dtype=torch.float64)
+    var = norm.running_var.double()
+    std = (var / (var + norm.eps)).sqrt()
+    gain = ones if norm.weight is None else norm.weight.detach().double().abs()
+    return (0 * ones if norm.bias is None else norm.bias.detach().double()), gain * std
 
 
 def _remove(norm: fx.Node, producer: fx.Node) -> fx.Node:
