@@ -12,13 +12,11 @@ from fewbit.calibrate import CalibrationWarning, Facts, calibrate_activations, c
 from fewbit.data import Batches, as_batches
 from fewbit.errors import CalibrationError, DataError, ModelError
 from fewbit.model.readers import as_module
-from fewbit.model.readers.torch import read
 from fewbit.model.simulate import QuantizedModel, insert_dynamic, insert_quantizer
 from fewbit.model.sites import WEIGHTED, Placement, find_sites, place
 from fewbit.model.ties import separate_ties
+from fewbit.normalise import adapted_to_data, corrected, normalised
 from fewbit.observers import observer_names
-from fewbit.passes import run as run_pass
-from fewbit.passes.bias_correction import correct
 from fewbit.plan import Plan, Recipe, resolve
 from fewbit.rounding import rounding_names
 from fewbit.statistics import Statistics, without_statistics
@@ -26,7 +24,6 @@ from fewbit.synthesis import synthesize
 from fewbit.targets import adapt_and_check, get_target
 from fewbit.weights import dead_channels, round_biases, round_weights, weight_limits
 
-_READ_WITH = 4  # samples that reading and the passes prove themselves on
 _KEPT = 16  # samples that the model keeps for the export gate
 
 
@@ -77,14 +74,16 @@ def quantize(
             f"recipe {chosen.name!r} needs calibration data, or an example input where it is dynamic or weight-only: "
             "call quantize(model, calibration=data) or quantize(model, example=x, ...)"
         )
-    gm = _normalised(module, examples, chosen)
+    gm = normalised(module, examples, chosen)
     placement, resolved = _planned(gm, chosen, target)
     if placement.born and batches is None:
         raise CalibrationError(
             f"recipe {chosen.name!r} quantizes activations statically and needs calibration data: "
             'call quantize(model, calibration=data), or use activations="dynamic"'
         )
+    notes = adapted_to_data(gm, examples, chosen, batches)
     quantized = _quantized(gm, chosen, placement, resolved, batches, examples, target, progress, resume)
+    quantized.facts["notes"] = [*notes, *quantized.facts["notes"]]
     if held_out is not None:
         unseen = as_batches(held_out, what="held-out", like=examples, labels=False, batch_size=batch_size)
         quantized.facts["warnings"] += clipping_warnings(quantized, batches, unseen)
@@ -104,7 +103,7 @@ def plan(
     """What ``quantize`` would do to each tensor, and why, without any data but an example. Errors as there."""
     chosen = _recipe(recipe, overrides)
     examples = (example,) if isinstance(example, Tensor) else tuple(example)
-    gm = _normalised(_module(model, examples), examples, chosen)
+    gm = normalised(_module(model, examples), examples, chosen)
     return _planned(gm, chosen, target)[1]
 
 
@@ -124,17 +123,6 @@ def _module(model: object, examples: tuple[Tensor, ...] | None) -> nn.Module:
 
 def _meta(module: nn.Module) -> dict[str, Any]:
     return getattr(module, "meta", {}) if isinstance(module, GraphModule) else {}
-
-
-def _normalised(model: nn.Module, examples: tuple[Tensor, ...], recipe: Recipe) -> GraphModule:
-    """The model as a graph of our own, in eval mode, batch norm folded."""
-    few = tuple(x[:_READ_WITH] for x in examples)
-    gm = copy.deepcopy(model) if isinstance(model, GraphModule) else read(model, few)
-    gm.eval()
-    run_pass("fold_batch_norm", gm, few)
-    if recipe.equalize:
-        run_pass("equalize", gm, few)
-    return gm
 
 
 def _planned(gm: GraphModule, recipe: Recipe, target: str) -> tuple[Placement, Plan]:
@@ -169,42 +157,12 @@ def _quantized(
         insert_dynamic(gm, node)
     gm.recompile()
     if float_gm is not None:
-        facts.notes += _corrected(float_gm, gm, placement, batches, examples)
+        pairs = (*placement.forms.items(), *placement.dynamic.items())
+        layers = list(dict.fromkeys(str(n.target) for n, form in pairs if form.kind in WEIGHTED))
+        facts.notes += corrected(float_gm, gm, layers, recipe, batches, examples)
     integer = frozenset(n.name for n in (*placement.forms, *placement.dynamic))
     kept = tuple(x[:_KEPT] for x in examples)
     model = QuantizedModel(gm, resolved, qtensors, integer, kept, target, facts.to_json())
     separate_ties(model)
     round_biases(model)
     return model
-
-
-def _corrected(
-    float_gm: GraphModule,
-    gm: GraphModule,
-    placement: Placement,
-    batches: Batches | None,
-    examples: tuple[Tensor, ...],
-) -> list[str]:
-    """Bias correction on the calibration data, or on the example where there is none."""
-    if batches is not None and batches.one_shot:
-        raise DataError(
-            "bias_correction reads the calibration data several times, and a generator can be read once: "
-            "give a list, a DataLoader or arrays instead"
-        )
-    names = [
-        str(n.target)
-        for n, form in (*placement.forms.items(), *placement.dynamic.items())
-        if form.kind in WEIGHTED
-    ]
-    inputs = [examples] if batches is None else _InputsOnly(batches)
-    return correct(float_gm, gm, inputs, list(dict.fromkeys(names)))
-
-
-class _InputsOnly:
-    """Batches without their labels, readable again and again."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Any:
-        return (inputs for inputs, _ in self.batches)

@@ -13,7 +13,8 @@ from fewbit.numerics.format import get_format
 from fewbit.registry import nearest
 
 GRANULARITIES = ("tensor", "channel", "group")
-_BOOLS = {"weight_symmetric", "activation_symmetric", "equalize", "bias_correction", "portable"}
+_BOOLS = {"weight_symmetric", "activation_symmetric", "equalize", "absorb_bias", "portable"}
+BIAS_CORRECTIONS = ("empirical", "analytic")
 _MAX_BYTES = 2**20
 
 
@@ -71,6 +72,8 @@ class Recipe:
     ``granularity`` and ``group_size`` are the weights'; activations are always per tensor.
     ``portable`` keeps 8-bit weights where no CPU saturates (x86 without VNNI adds two products in 16 bits).
     ``weight_observer`` and ``observer`` (the activations') name range estimators.
+    ``smooth_quant`` may be its alpha, from 0 to 1, and true is 0.5. ``bias_correction`` is ``"empirical"`` (true:
+    means measured on the calibration data) or ``"analytic"`` (means that the folded batch norms tell).
 
     Raises RecipeError for a value of the wrong type, an unknown granularity, or a missing group size.
     """
@@ -88,7 +91,9 @@ class Recipe:
     observer: str = "minmax"
     rounding: str = "nearest"
     equalize: bool = False
-    bias_correction: bool = False
+    absorb_bias: bool = False
+    smooth_quant: bool | float = False
+    bias_correction: bool | str = False
     portable: bool = True
     rules: tuple[Rule, ...] = ()
 
@@ -238,10 +243,18 @@ def _check_keys(where: str, values: Mapping[str, Any], cls: type[Recipe] | type[
 def _check_type(where: str, key: str, value: object, optional: bool) -> None:
     if value is None and optional:
         return
-    expected: type = bool if key in _BOOLS else int if key == "group_size" else str
+    if key == "bias_correction" and value in BIAS_CORRECTIONS:
+        return
+    if key == "smooth_quant" and isinstance(value, int | float) and 0 <= value <= 1:
+        return
+    also = {
+        "bias_correction": f" or one of {', '.join(BIAS_CORRECTIONS)}",
+        "smooth_quant": " or alpha, from 0 to 1",
+    }
+    expected: type = bool if key in _BOOLS | also.keys() else int if key == "group_size" else str
     if type(value) is not expected:
         words = {bool: "true or false", int: "a whole number", str: "a string"}
-        raise RecipeError(f"{where}: {key} is {value!r:.60}, expected {words[expected]}")
+        raise RecipeError(f"{where}: {key} is {value!r:.60}, expected {words[expected]}{also.get(key, '')}")
 
 
 def _check_granularity(where: str, granularity: str | None, group_size: int | None) -> None:
