@@ -20,12 +20,12 @@ from fewbit.errors import ArtifactError, FewbitError, ModelError, TargetError
 from fewbit.evaluation.latency import Latency, latency, ratio
 from fewbit.gate import Verification, check_file, refuse_if_wrong
 from fewbit.model.lowering import lower
-from fewbit.model.program import Program
+from fewbit.model.program import Op, Program
 from fewbit.model.readers import as_module
 from fewbit.model.readers.torch import read
 from fewbit.model.simulate import QuantizedModel, without_quantizers
 from fewbit.plan import Plan
-from fewbit.targets import Target, get_target
+from fewbit.targets import Target, get_target, refuse_tables
 from fewbit.targets import registry as targets
 
 if TYPE_CHECKING:
@@ -111,7 +111,9 @@ def export(
         raise TargetError(f"{path}: target {key!r} cannot hand over {io!r}; leave io='float32'")
     inputs = (example,) if isinstance(example, Tensor) else example or quantized.example
     inputs = tuple(x[:_SAMPLES] for x in inputs)
-    program = dataclasses.replace(runtime.prepare(lower(quantized)), io=io)
+    lowered = lower(quantized)
+    refuse_tables(lowered, runtime, key)
+    program = dataclasses.replace(runtime.prepare(lowered), io=io)
     metadata = _metadata(quantized, key, verify)
     with _Staging(path) as staged:
         runtime.write(program, staged.file, metadata)
@@ -179,19 +181,29 @@ def describe(path: str | Path) -> dict[str, Any]:
     rows = []
     for op in program.ops:
         coding = program.codings.get(op.output)
-        weight = op.constants.get("weight") if op.domain == "integer" else None
         kernel = kernels.get(op.layer)
         how = op.domain if kernel is None or kernel.integer else f"{op.domain}: {kernel.cause}"
         rows.append(
             {
                 "layer": op.layer,
                 "kind": op.attrs["type"] if op.kind == "module" else op.kind,
-                "weights": "" if weight is None else f"{tuple(weight.shape)}",
+                "weights": _weights(op),
                 "output": "float" if coding is None else f"{coding.scheme.format}, scale {coding.scale:.4g}",
                 "computes": how,
             }
         )
     return {"path": str(path), "bytes": path.stat().st_size, "facts": facts, "operations": rows}
+
+
+def _weights(op: Op) -> str:
+    """An operation's weights in a few words, as far as the file says."""
+    scheme = op.attrs.get("schemes", {}).get("weight")
+    if scheme is not None:
+        return f"{scheme['format']} {tuple(op.attrs['shapes']['weight'])}"
+    if op.domain != "integer" or "weight" not in op.constants:
+        return ""
+    powers = ", zero or powers of two" if op.attrs.get("shifts") else ""
+    return f"{tuple(op.constants['weight'].shape)}{powers}"
 
 
 def runner(path: str | Path) -> Callable[..., Tensor]:

@@ -47,6 +47,7 @@ class Target(Protocol):
     SUFFIX: str  # of its files, such as ".onnx"
     REQUANTIZATION: str  # the rule that its integer kernels follow
     TOLERANCE: int  # by how many units its codes may differ from the reference
+    # TABLES, where it is True: float layers' weights may be codes of any format, looked up in a table.
 
     def runtime(self) -> str:
         """Its runtime's name and version. Raises ``MissingExtraError`` where that is not installed."""
@@ -103,12 +104,48 @@ def adapt_and_check(plan: Plan, target: Target, name: str, integer: Collection[s
     """
     rows = tuple(target.adapt(row) for row in plan.rows)
     reasons = [
-        (row, target.check(row) or (_no_kernel(row) if row.layer in integer else None)) for row in rows
+        (
+            row,
+            target.check(row) or (_no_kernel(row) if row.layer in integer else _no_table(row, target, name)),
+        )
+        for row in rows
     ]
     refusals = [f"  {row.site}: {reason}" for row, reason in reasons if reason is not None]
     if refusals:
         raise PlanError(f"target {name!r} cannot run this plan:\n" + "\n".join(refusals))
     return Plan(rows, plan.recipe)
+
+
+def has_table(scheme: Scheme) -> bool:
+    """Whether codes are indices of values or bit patterns, not numbers themselves."""
+    return not scheme.spec.integer and not scheme.spec.code_dtype.is_floating_point
+
+
+def refuse_tables(program: Program, target: Target, name: str) -> None:
+    """Raise ``TargetError`` for float layers whose weights the target cannot store as they are, by name."""
+    layers = [
+        f"{op.layer}.{key}: {_unstorable(scheme, name)}"
+        for op in program.ops
+        for key, stored in op.attrs.get("schemes", {}).items()
+        if has_table(scheme := Scheme.from_json(stored)) and not getattr(target, "TABLES", False)
+    ]
+    if layers:
+        raise TargetError("; ".join(layers))
+
+
+def _unstorable(scheme: Scheme, name: str) -> str:
+    codes = ", or integer activations" if scheme.spec.unit is not None and not scheme.spec.block else ""
+    return (
+        f"target {name!r} has no way to store {scheme.format} weights of a layer that computes in float; "
+        f"use int8, int4 or float16 weights{codes}, or target='onnx'"
+    )
+
+
+def _no_table(row: Row, target: Target, name: str) -> str | None:
+    """Why the weights of a float layer cannot be stored as they are, where they cannot."""
+    if row.kind != "weight" or row.scheme is None or not has_table(row.scheme):
+        return None
+    return None if getattr(target, "TABLES", False) else _unstorable(row.scheme, name)
 
 
 def _no_kernel(row: Row) -> str | None:

@@ -16,6 +16,7 @@ from fewbit.targets._saturation import portable_bounds
 SUFFIX = ".onnx"
 REQUANTIZATION = "f32_even"
 TOLERANCE = 0
+TABLES = True
 describe = read_back
 open = open_exact = open_file
 
@@ -38,6 +39,7 @@ def write(program: Program, path: Path, metadata: dict[str, str]) -> None:
 __all__ = [
     "REQUANTIZATION",
     "SUFFIX",
+    "TABLES",
     "TOLERANCE",
     "adapt",
     "check",

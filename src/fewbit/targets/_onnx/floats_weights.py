@@ -14,8 +14,9 @@ from fewbit.model.program import Op
 from fewbit.model.reference import qtensor_of
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme
+from fewbit.targets import has_table
 from fewbit.targets._onnx.builder import Builder, int4
-from fewbit.targets._onnx.tables import has_table, looked_up
+from fewbit.targets._onnx.tables import looked_up
 
 HALVES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}  # stored as they are
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fewbit.errors import ArtifactError, TargetError
 from fewbit.model.codings import function_values, quantize_table
-from fewbit.model.program import Program
-from fewbit.targets import Described, Kernel
+from fewbit.model.program import Op, Program
+from fewbit.numerics.scheme import Scheme
+from fewbit.targets import Described, Kernel, has_table
 from fewbit.targets._onnx.dynamic import restore_dynamic
 from fewbit.targets._onnx.runtime import session
 from fewbit.targets._onnx.tables import numbers_again
@@ -177,9 +178,16 @@ def coverage(path: Path, program: Program, codes: dict[str, str]) -> list[Kernel
                 Kernel(op.layer, function, False, "no integer kernel; exact all the same", planned=False)
             )
         elif op.kind == "module" and op.attrs["type"].startswith(("Conv", "Linear", "LSTM", "GRU")):
-            cause = op.note or "planned as float"
+            cause = op.note or _why_float(op)
             kernels.append(Kernel(op.layer, op.attrs["type"], False, cause, planned=False))
     return kernels
+
+
+def _why_float(op: Op) -> str:
+    stored = op.attrs.get("schemes", {}).values()
+    tables = {s.format for s in map(Scheme.from_json, stored) if has_table(s)}
+    decoded = f"; {', '.join(sorted(tables))} weights, decoded when the file is loaded" if tables else ""
+    return f"planned as float{decoded}"
 
 
 def _kernel(layer: str, kind: str, remaining: dict[str, int], by_weight: dict[str, Any]) -> Kernel:

@@ -16,7 +16,7 @@ import onnx
 import torch
 
 from fewbit.numerics.qtensor import QTensor
-from fewbit.numerics.scheme import Scheme, blocks
+from fewbit.numerics.scheme import blocks
 from fewbit.targets._onnx.builder import Builder, int4
 
 _PLANES = {
@@ -33,11 +33,6 @@ _NATIVE = {
     "float8_e5m2": ml_dtypes.float8_e5m2,
     "mxfp8_e5m2": ml_dtypes.float8_e5m2,
 }
-
-
-def has_table(scheme: Scheme) -> bool:
-    """Whether codes are indices of values or bit patterns, not numbers themselves."""
-    return not scheme.spec.integer and not scheme.spec.code_dtype.is_floating_point
 
 
 def looked_up(builder: Builder, q: QTensor, name: str, transposed: bool = False) -> str:
