@@ -13,7 +13,7 @@ SOURCE = ROOT / "src"
 # A module may import modules of lower layers and of its own unit, never sideways. In "together" layers the
 # units may also import each other.
 LAYERS: list[set[str]] = [
-    {"errors", "registry", "extras", "data"},
+    {"errors", "registry", "extras", "data", "progress", "tables", "charts"},
     {"numerics"},
     {"plan"},
     {"model"},

@@ -1,9 +1,8 @@
 """Calibration: one pass over the data, one observer a site, bounded memory; and what that data did not cover."""
 
 import resource
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from fewbit.model.sites import Placement, display_name
 from fewbit.numerics.scheme import Scheme, qparams
 from fewbit.observers import RangeObserver, make_observer
 from fewbit.plan import Plan
+from fewbit.progress import shown
 
 Watch = Callable[[Tensor], None]
 _FEW = 32  # samples below which ranges are mostly luck
@@ -27,7 +27,6 @@ _CLIPPED = (
     0.005  # of a layer's held-out values: above this share, and five times that of calibration, is a warning
 )
 _SAVE_EVERY = 10.0  # seconds between saved states of a calibration that can resume
-_SHOW_AFTER = 2.0  # seconds of work before a progress bar is worth its lines
 
 
 class CalibrationWarning(UserWarning):
@@ -115,29 +114,6 @@ def _watch(site: str, observer: RangeObserver) -> Watch:
             raise CalibrationError(f"{site}: {error}") from error
 
     return update
-
-
-def shown(items: Iterable[Any], total: int | None, what: str, progress: bool) -> Iterator[Any]:
-    """The items, with a progress bar and the time left on a terminal's stderr once they take a while."""
-    if not (progress and sys.stderr.isatty()):
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    started, bar, task = time.perf_counter(), None, None
-    try:
-        for done, item in enumerate(items, 1):
-            yield item
-            if bar is None and time.perf_counter() - started > _SHOW_AFTER:
-                bar = Progress(console=Console(stderr=True), transient=True)
-                bar.start()
-                task = bar.add_task(what, total=total)
-            if bar is not None and task is not None:
-                bar.update(task, completed=done)
-    finally:
-        if bar is not None:
-            bar.stop()
 
 
 def calibrate_activations(

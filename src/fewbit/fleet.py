@@ -8,9 +8,10 @@ from typing import Any
 from fewbit.data import as_batches
 from fewbit.deploy import Artifact, export
 from fewbit.errors import ArtifactError, DataError, FewbitError, TargetError
+from fewbit.evaluation.agreement import brief
 from fewbit.evaluation.metrics import Report, evaluate
 from fewbit.model.simulate import QuantizedModel
-from fewbit.tables import brief, text_table
+from fewbit.tables import text_table
 from fewbit.targets import get_target
 from fewbit.versus import Opened
 

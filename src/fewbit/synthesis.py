@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from fewbit.calibrate import shown
 from fewbit.checkpoint import fingerprint
 from fewbit.errors import ArtifactError, CalibrationError, DataError, ModelError
 from fewbit.model.readers import as_module
 from fewbit.model.readers.torch import read
 from fewbit.model.simulate import QuantizedModel
+from fewbit.progress import shown
 
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CLASS_WEIGHT = 0.01  # more makes confident pictures whose statistics are wrong, and then the ranges are too

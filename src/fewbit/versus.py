@@ -11,9 +11,10 @@ from torch import Tensor
 from fewbit.data import as_batches
 from fewbit.deploy import target_of
 from fewbit.errors import ArtifactError, DataError, FewbitError, TargetError
+from fewbit.evaluation.agreement import brief
 from fewbit.evaluation.latency import Latency, latency, ratio
 from fewbit.evaluation.metrics import Report, evaluate
-from fewbit.tables import brief, text_table
+from fewbit.tables import text_table
 from fewbit.targets import Runner, get_target
 
 

@@ -102,6 +102,14 @@ class AgreementMeter:
         return Agreement(top1, values.largest, values.mean_abs, values.sqnr_db)
 
 
+def brief(agreement: Agreement) -> str:
+    """Such as ``same class 99.00 %, SQNR 37.2 dB``, or ``identical``."""
+    if agreement.identical:
+        return "identical"
+    same = "" if agreement.top1 is None else f"same class {100 * agreement.top1:.2f} %, "
+    return f"{same}SQNR {agreement.sqnr_db:.1f} dB"
+
+
 def finite(value: float) -> float | None:
     """The value, or None where JSON could not hold it."""
     return value if math.isfinite(value) else None
