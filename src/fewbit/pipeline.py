@@ -2,22 +2,27 @@
 
 import copy
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fewbit.calibrate import CalibrationWarning, Facts, calibrate_activations, clipping_warnings
+from fewbit.calibrate import CalibrationWarning, Facts, calibrate_activations, clipping_warnings, site_name
 from fewbit.data import Batches, as_batches
-from fewbit.errors import CalibrationError, DataError, ModelError
+from fewbit.edges import with_edges
+from fewbit.effort import BEST, strongest
+from fewbit.errors import CalibrationError, DataError, ModelError, RecipeError
 from fewbit.model.readers import as_module
 from fewbit.model.simulate import QuantizedModel, insert_dynamic, insert_quantizer
-from fewbit.model.sites import WEIGHTED, Placement, find_sites, place
+from fewbit.model.sites import QUANTIZERS, WEIGHTED, Placement, find_sites, place
 from fewbit.model.ties import separate_ties
 from fewbit.normalise import adapted_to_data, corrected, normalised
 from fewbit.observers import observer_names
 from fewbit.plan import Plan, Recipe, resolve
+from fewbit.reconstruct import Task, reconstruct_on
+from fewbit.reconstruct import wanted as reconstruction_wanted
 from fewbit.rounding import rounding_names
 from fewbit.statistics import Statistics, without_statistics
 from fewbit.synthesis import synthesize
@@ -36,6 +41,8 @@ def quantize(
     target: str = "onnx",
     held_out: object = None,
     resume: str | Path | None = None,
+    time: str | float | None = None,
+    seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,
     **overrides: Any,
@@ -50,8 +57,10 @@ def quantize(
     file or a ``Recipe``; further keywords replace its values, as in ``quantize(model, data, weights="int4",
     equalize=True)``. ``target``: the runtime it is meant for. ``held_out``: inputs like those the model will see; a
     warning names the layers that would clip them much more than the calibration data. ``resume``: a file that keeps the
-    calibration's state if it is interrupted; the same call goes on from there, with the same result. ``progress``: show
-    a bar on a terminal.
+    calibration's state if it is interrupted (and beside it one with ``.blocks`` at the end, for block reconstruction);
+    the same call goes on from there, with the same result. ``time``: with ``rounding="best"``, what the rounding may
+    take, such as ``"10 min"``: the strongest that fits is chosen, and a note in ``.facts`` says which. ``seed``: of
+    reconstruction's random choices. ``progress``: show a bar on a terminal.
 
     What calibration saw, its memory and its warnings are in ``.facts``; warnings are also issued as
     ``CalibrationWarning``. Raises ``ModelError``, ``DataError``, ``CalibrationError``, ``RecipeError`` or
@@ -75,14 +84,23 @@ def quantize(
             "call quantize(model, calibration=data) or quantize(model, example=x, ...)"
         )
     gm = normalised(module, examples, chosen)
+    notes = []
+    if chosen.rounding == BEST:
+        chosen, note = strongest(chosen, gm, examples, batches is not None, time)
+        notes.append(note)
+    elif time is not None:
+        raise RecipeError(
+            f"time is given, which only rounding='best' keeps to, and rounding is {chosen.rounding!r}"
+        )
     placement, resolved = _planned(gm, chosen, target)
     if placement.born and batches is None:
         raise CalibrationError(
             f"recipe {chosen.name!r} quantizes activations statically and needs calibration data: "
             'call quantize(model, calibration=data), or use activations="dynamic"'
         )
-    notes = adapted_to_data(gm, examples, chosen, batches)
-    quantized = _quantized(gm, chosen, placement, resolved, batches, examples, target, progress, resume)
+    notes += adapted_to_data(gm, examples, chosen, batches)
+    job = _Job(chosen, placement, resolved, target, progress, resume, seed)
+    quantized = _quantized(gm, job, batches, examples)
     quantized.facts["notes"] = [*notes, *quantized.facts["notes"]]
     if held_out is not None:
         unseen = as_batches(held_out, what="held-out", like=examples, labels=False, batch_size=batch_size)
@@ -104,13 +122,15 @@ def plan(
     chosen = _recipe(recipe, overrides)
     examples = (example,) if isinstance(example, Tensor) else tuple(example)
     gm = normalised(_module(model, examples), examples, chosen)
+    if chosen.rounding == BEST:
+        chosen, _ = strongest(chosen, gm, examples, chosen.activations not in ("float", "dynamic"), None)
     return _planned(gm, chosen, target)[1]
 
 
 def _recipe(recipe: Recipe | str | Path, overrides: dict[str, Any]) -> Recipe:
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     chosen = chosen.replace(**overrides) if overrides else chosen
-    chosen.validate(observer_names(), rounding_names())
+    chosen.validate(observer_names(), [*rounding_names(), BEST])
     return chosen
 
 
@@ -127,42 +147,57 @@ def _meta(module: nn.Module) -> dict[str, Any]:
 
 def _planned(gm: GraphModule, recipe: Recipe, target: str) -> tuple[Placement, Plan]:
     placement = place(gm, recipe.mode, recipe.decoded)
+    recipe = with_edges(recipe, gm, placement)
     resolved = without_statistics(resolve(recipe, find_sites(gm, placement)), gm)
     nodes = (*placement.forms.items(), *placement.dynamic.items())
     integer = {str(node.target) for node, form in nodes if form.kind in WEIGHTED}
     return placement, adapt_and_check(resolved, get_target(target), target, integer)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What is to be done, and how."""
+
+    recipe: Recipe
+    placement: Placement
+    plan: Plan
+    target: str
+    progress: bool
+    resume: str | Path | None
+    seed: int
+
+
 def _quantized(
-    gm: GraphModule,
-    recipe: Recipe,
-    placement: Placement,
-    resolved: Plan,
-    batches: Batches | None,
-    examples: tuple[Tensor, ...],
-    target: str,
-    progress: bool,
-    resume: str | Path | None,
+    gm: GraphModule, job: _Job, batches: Batches | None, examples: tuple[Tensor, ...]
 ) -> QuantizedModel:
-    facts = Facts()
-    quantizers = calibrate_activations(gm, placement, resolved, batches, facts, progress, resume)
-    float_gm = copy.deepcopy(gm) if recipe.bias_correction else None
-    limits = weight_limits(gm, recipe, placement, quantizers, get_target(target))
-    facts.warnings += dead_channels(gm, resolved)
-    statistics = Statistics(gm, resolved, batches, facts, progress)
-    qtensors = round_weights(gm, resolved, limits, statistics)
+    facts, placement = Facts(), job.placement
+    quantizers = calibrate_activations(gm, placement, job.plan, batches, facts, job.progress, job.resume)
+    reconstructs = reconstruction_wanted(job.plan)
+    float_gm = copy.deepcopy(gm) if job.recipe.bias_correction or reconstructs else None
+    limits = weight_limits(gm, job.recipe, placement, quantizers, get_target(job.target))
+    facts.warnings += dead_channels(gm, job.plan)
+    statistics = Statistics(gm, job.plan, batches, facts, job.progress)
+    qtensors = round_weights(gm, job.plan, limits, statistics)
     for node, quantizer in quantizers.items():
         insert_quantizer(gm, node, quantizer)
     for node in placement.dynamic:
         insert_dynamic(gm, node)
     gm.recompile()
-    if float_gm is not None:
+    if float_gm is not None and reconstructs:
+        fixed = {
+            f"{QUANTIZERS}.{n.name}"
+            for n in quantizers
+            if job.plan.row(site_name(n, placement)).observer is None
+        }
+        task = Task(gm, float_gm, job.plan, qtensors, fixed, job.recipe.iterations, job.seed)
+        facts.notes += reconstruct_on(task, batches, facts, job.progress, job.resume)
+    if float_gm is not None and job.recipe.bias_correction:
         pairs = (*placement.forms.items(), *placement.dynamic.items())
         layers = list(dict.fromkeys(str(n.target) for n, form in pairs if form.kind in WEIGHTED))
-        facts.notes += corrected(float_gm, gm, layers, recipe, batches, examples)
+        facts.notes += corrected(float_gm, gm, layers, job.recipe, batches, examples)
     integer = frozenset(n.name for n in (*placement.forms, *placement.dynamic))
     kept = tuple(x[:_KEPT] for x in examples)
-    model = QuantizedModel(gm, resolved, qtensors, integer, kept, target, facts.to_json())
+    model = QuantizedModel(gm, job.plan, qtensors, integer, kept, job.target, facts.to_json())
     separate_ties(model)
     round_biases(model)
     return model

@@ -14,6 +14,7 @@ from fewbit.registry import nearest
 
 GRANULARITIES = ("tensor", "channel", "group")
 _BOOLS = {"weight_symmetric", "activation_symmetric", "equalize", "absorb_bias", "portable"}
+_INTS = {"group_size", "iterations"}
 BIAS_CORRECTIONS = ("empirical", "analytic")
 _MAX_BYTES = 2**20
 
@@ -72,6 +73,9 @@ class Recipe:
     ``granularity`` and ``group_size`` are the weights'; activations are always per tensor.
     ``portable`` keeps 8-bit weights where no CPU saturates (x86 without VNNI adds two products in 16 bits).
     ``weight_observer`` and ``observer`` (the activations') name range estimators.
+    ``iterations`` are the steps that block reconstruction (``rounding="brecq"`` or ``"qdrop"``) learns each block for.
+    ``ends`` is the format of the first and last layer with weights and of what they read and return, and ``addends``
+    that of activations which only sums read, such as the residual branches; ``"same"`` makes no difference.
     ``smooth_quant`` may be its alpha, from 0 to 1, and true is 0.5. ``bias_correction`` is ``"empirical"`` (true:
     means measured on the calibration data) or ``"analytic"`` (means that the folded batch norms tell).
 
@@ -90,6 +94,9 @@ class Recipe:
     weight_observer: str = "minmax"
     observer: str = "minmax"
     rounding: str = "nearest"
+    iterations: int = 500
+    ends: str = "same"
+    addends: str = "same"
     equalize: bool = False
     absorb_bias: bool = False
     smooth_quant: bool | float = False
@@ -103,6 +110,8 @@ class Recipe:
             if field.name != "rules":
                 _check_type(where, field.name, getattr(self, field.name), optional=field.name == "group_size")
         _check_granularity(where, self.granularity, self.group_size)
+        if self.iterations < 1:
+            raise RecipeError(f"{where}: iterations is {self.iterations}, expected at least 1")
         if self.granularity == "group" and self.group_size is None:
             raise RecipeError(
                 f"{where}: granularity is 'group' but group_size is missing: set for example 32"
@@ -181,12 +190,14 @@ class Recipe:
     def validate(self, observers: Collection[str], roundings: Collection[str]) -> None:
         """RecipeError where a format does not exist, or an observer or rounding is not among those given."""
         for where, key, value in self._names():
-            if key in ("weights", "activations", "outputs"):
-                words = {
-                    "weights": ("float",),
-                    "activations": ("float", "dynamic"),
-                    "outputs": ("float", "same"),
-                }
+            words = {
+                "weights": ("float",),
+                "activations": ("float", "dynamic"),
+                "outputs": ("float", "same"),
+                "ends": ("same",),
+                "addends": ("same",),
+            }
+            if key in words:
                 if value in words[key]:
                     continue
                 try:
@@ -204,7 +215,8 @@ class Recipe:
 
     def _names(self) -> Iterator[tuple[str, str, str]]:
         keys = ("weights", "activations", "outputs", "weight_observer", "observer", "rounding")
-        yield from ((f"recipe '{self.name}'", key, getattr(self, key)) for key in keys)
+        own = (*keys, "ends", "addends")
+        yield from ((f"recipe '{self.name}'", key, getattr(self, key)) for key in own)
         for number, rule in enumerate(self.rules, 1):
             where = f"recipe '{self.name}', rule {number}"
             yield from ((where, key, value) for key, value in rule.overrides().items() if key in keys)
@@ -251,7 +263,7 @@ def _check_type(where: str, key: str, value: object, optional: bool) -> None:
         "bias_correction": f" or one of {', '.join(BIAS_CORRECTIONS)}",
         "smooth_quant": " or alpha, from 0 to 1",
     }
-    expected: type = bool if key in _BOOLS | also.keys() else int if key == "group_size" else str
+    expected: type = bool if key in _BOOLS | also.keys() else int if key in _INTS else str
     if type(value) is not expected:
         words = {bool: "true or false", int: "a whole number", str: "a string"}
         raise RecipeError(f"{where}: {key} is {value!r:.60}, expected {words[expected]}{also.get(key, '')}")

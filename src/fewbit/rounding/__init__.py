@@ -1,9 +1,11 @@
 """Rounding of weights: one algorithm a file, with `STATISTICS` and `round(weight, scheme, lo, hi, ...)`.
 
-A file that takes other formats than all that are not learned also has `accepts(format)`.
+A file that takes other formats than all that are not learned also has `accepts(format)`, and one whose codes are only
+where block reconstruction begins has `RECONSTRUCTION`.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +19,16 @@ from fewbit.registry import Registry
 registry = Registry("fewbit.rounding", "rounding")
 
 
+@dataclass(frozen=True)
+class Reconstruction:
+    """What goes on after `round`: blocks of the network learn to give the float blocks' outputs.
+
+    `drop`: at random, half of the activations are left float in each step, and half of each block's inputs.
+    """
+
+    drop: bool
+
+
 def rounding_names() -> list[str]:
     """Names of all rounding algorithms."""
     return registry.names()
@@ -25,6 +37,12 @@ def rounding_names() -> list[str]:
 def required_statistics(name: str) -> frozenset[str]:
     """What calibration must collect for this rounding. Raises RecipeError for an unknown name."""
     return registry.module(name).STATISTICS
+
+
+def reconstruction(name: str) -> Reconstruction | None:
+    """How blocks go on to learn after this rounding; None where its codes are final."""
+    found: Reconstruction | None = getattr(registry.module(name), "RECONSTRUCTION", None)
+    return found
 
 
 def can_round(name: str, spec: Format) -> bool:

@@ -1,0 +1,84 @@
+"""Tensors that few bits hurt most and cost least to spare: the ends of a network, and what only sums read."""
+
+import dataclasses
+from collections.abc import Iterator
+from glob import escape
+
+from torch.fx import GraphModule, Node
+
+from fewbit.model.operators import operator
+from fewbit.model.sites import Placement, layer_name, passes_codes
+from fewbit.plan import Recipe, Rule
+from fewbit.rounding import reconstruction
+
+SAME = "same"
+
+
+def with_edges(recipe: Recipe, gm: GraphModule, placement: Placement) -> Recipe:
+    """The recipe with rules for what its ``ends`` and ``addends`` mean in this graph, before the user's own."""
+    rules = []
+    if recipe.addends != SAME:
+        rules += [
+            _activations(n, recipe.addends, placement)
+            for n in placement.born
+            if _only_added(n, gm, placement)
+        ]
+    if recipe.ends != SAME:
+        rules += list(_ends(recipe, gm, placement))
+    return dataclasses.replace(recipe, rules=(*rules, *recipe.rules))
+
+
+def _ends(recipe: Recipe, gm: GraphModule, placement: Placement) -> Iterator[Rule]:
+    """The first and the last layer with weights: their weights, what they read, and the last one's output."""
+    layers = [n for n in gm.graph.nodes if n.op == "call_module" and _has_weights(n, gm)]
+    rounding = "nearest" if reconstruction(recipe.rounding) else None
+    for node in dict.fromkeys((*layers[:1], *layers[-1:])):
+        yield Rule(
+            escape(layer_name(node)),
+            weights=recipe.ends,
+            granularity="channel",
+            weight_symmetric=True,
+            rounding=rounding,
+        )
+        source = _source(node, gm, placement)
+        if source is not None:
+            yield _activations(source, recipe.ends, placement)
+    for node in layers[-1:]:
+        if placement.carrier.get(node) in placement.born:
+            yield Rule(escape(layer_name(node)), activations=recipe.ends)
+
+
+def _has_weights(node: Node, gm: GraphModule) -> bool:
+    op = operator(node, gm)
+    return op is not None and op.weight_axis is not None
+
+
+def _source(node: Node, gm: GraphModule, placement: Placement) -> Node | None:
+    """Where the codes that a layer reads are born; None where it reads floats."""
+    source = node.args[0]
+    while isinstance(source, Node) and source not in placement.born:
+        if not passes_codes(source, gm):
+            return None
+        source = source.args[0]
+    return source if isinstance(source, Node) else None
+
+
+def _activations(node: Node, format_name: str, placement: Placement) -> Rule:
+    owner = next(
+        (n for n, carrier in placement.carrier.items() if carrier is node and n in placement.forms), node
+    )
+    return Rule(escape(layer_name(owner)), activations=format_name)
+
+
+def _only_added(node: Node, gm: GraphModule, placement: Placement) -> bool:
+    """Whether all that reads these codes adds them to others."""
+    readers = list(_readers(node, gm))
+    return bool(readers) and all(r in placement.forms and placement.forms[r].kind == "add" for r in readers)
+
+
+def _readers(node: Node, gm: GraphModule) -> Iterator[Node]:
+    for user in node.users:
+        if passes_codes(user, gm):
+            yield from _readers(user, gm)
+        else:
+            yield user

@@ -1,0 +1,71 @@
+"""``rounding="best"``: the strongest rounding that fits the time that a user has."""
+
+import dataclasses
+import re
+import time as clock
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fewbit.errors import RecipeError
+from fewbit.plan import Recipe
+
+BEST = "best"
+_DEFAULT = 600.0  # seconds
+_BATCH = 32  # samples of a step of reconstruction
+_OVERHEAD = (
+    4.0  # a step of reconstruction, in steps of training the float network: quantize steps, soft roundings
+)
+_SHARE = 0.7  # of the time that learning may take; the rest passes data through
+_FEWEST, _MOST = 100, 4000  # steps a block: with fewer, GPTQ is as good; more win nothing
+_UNITS = {"": 1.0, "s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds(time: str | float | None) -> float:
+    """``"10 min"``, ``"90 s"``, ``"1 h"`` or a number, in seconds; 10 minutes for None. Raises ``RecipeError``."""
+    if time is None:
+        return _DEFAULT
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", str(time))
+    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise RecipeError(f"time is {time!r:.40}, expected a positive time such as '10 min' or '90 s'")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def strongest(
+    recipe: Recipe, gm: GraphModule, examples: tuple[Tensor, ...], has_data: bool, time: str | float | None
+) -> tuple[Recipe, str]:
+    """The recipe with a rounding and a number of steps in the place of "best", and a sentence that says why.
+
+    Block reconstruction where data and time are enough, GPTQ where the time is not, HQQ or nearest codes without data.
+    """
+    given = seconds(time)
+    if not has_data:
+        rounding = "nearest" if recipe.weight_symmetric else "hqq"
+        return dataclasses.replace(recipe, rounding=rounding), f"rounding: {rounding}, the best without data"
+    step = _step_seconds(gm, examples) * _OVERHEAD
+    steps = int(given * _SHARE / step)
+    if steps < _FEWEST:
+        found = dataclasses.replace(recipe, rounding="gptq")
+        return (
+            found,
+            f"rounding: gptq, since {given:.0f} s are enough for {steps} steps of reconstruction only",
+        )
+    rounding = "qdrop" if recipe.activations not in ("float", "dynamic") else "brecq"
+    steps = min(steps, _MOST)
+    found = dataclasses.replace(recipe, rounding=rounding, iterations=steps)
+    return found, f"rounding: {rounding} with {steps} steps a block, in about {steps * step / _SHARE:.0f} s"
+
+
+def _step_seconds(gm: GraphModule, examples: tuple[Tensor, ...]) -> float:
+    """One step of training on a batch: forward and backward, the faster of two."""
+    few = [x.repeat(-(-_BATCH // len(x)), *[1] * (x.dim() - 1))[:_BATCH] for x in examples]
+    times = []
+    for _ in range(2):
+        started = clock.perf_counter()
+        outputs = gm(*few)
+        first = outputs if isinstance(outputs, Tensor) else next(iter(outputs))
+        if first.requires_grad:
+            first.sum().backward()
+        times.append(clock.perf_counter() - started)
+    gm.zero_grad(set_to_none=True)
+    return min(times)
