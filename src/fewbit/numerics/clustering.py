@@ -13,9 +13,10 @@ from torch import Tensor
 
 _ITERATIONS = 300
 _SETTLED = 1e-7  # relative gain of an iteration that ends the search
-_WORK = 1e9  # candidates that dynamic programming may look at, over all rows
+_WORK = 3e9  # candidates that dynamic programming may look at, over all rows
 _MOST_BINS = 1024
 _CELLS = 2**18  # numbers in a table of costs at a time
+_PER_BIN = 4  # numbers in a bin where a density is estimated
 _PER_LEVEL = 2  # with fewer bins for each level, the bins' ends would decide
 
 
@@ -86,11 +87,11 @@ def _start(data: _Sorted, levels: int) -> Tensor:
     bins = min(int((_WORK / (2 * count * levels)) ** 0.5), _MOST_BINS)
     one_side = int(torch.maximum((data.x < 0).sum(dim=1), (data.x > 0).sum(dim=1)).max())
     optimal = bins >= min(one_side, _PER_LEVEL * levels)
-    bins = max(min(bins, one_side), 1) if optimal else min(max(data.x.shape[1] // 8, levels), _MOST_BINS)
+    bins = max(min(bins, one_side), 1) if optimal else max(one_side // _PER_BIN, 1)
     step = max(1, _CELLS // (2 * (bins + 1) ** 2)) if optimal else count
     for begin in range(0, count, step):
         part = data.of(slice(begin, begin + step))
-        side = _sides(part, bins)
+        side = _sides(part, bins, by_rank=not optimal)
         found = _optimal(side, levels - 1) if optimal else _by_density(side, levels - 1)
         negative, positive = found.chunk(2)
         either = torch.cat((-negative, positive), dim=1)
@@ -112,29 +113,30 @@ class _Sides:
     second: Tensor
 
 
-def _sides(data: _Sorted, bins: int) -> _Sides:
+def _sides(data: _Sorted, bins: int, by_rank: bool) -> _Sides:
+    """Both sides in bins of equally many numbers, or else in bins that narrow towards zero."""
     n = data.x.shape[1]
     zero = data.x.new_zeros(len(data.x), 1)
     below = torch.searchsorted(data.x, zero)
-    upto = torch.searchsorted(data.x, zero, right=True)
+    above = n - torch.searchsorted(data.x, zero, right=True)
     steps = torch.arange(bins + 1, dtype=torch.float64, device=data.x.device)
-    # Squares put more bins where numbers are many and cells are narrow: near zero.
-    shrink = (1 - steps / bins) ** 2
-    far_low, far_high = -data.x[:, :1].double().clamp(max=0), data.x[:, -1:].double().clamp(min=0)
-    edges = torch.cat((far_low * shrink, far_high * shrink))
-    low, high = edges.to(torch.float32).chunk(2)
-    place_low = torch.searchsorted(data.x, -low, right=True).clamp(max=below)
-    place_high = torch.searchsorted(data.x, high.contiguous()).clamp(min=upto)
-    place_low = torch.where(below <= bins, torch.minimum(steps.long(), below), place_low)
-    place_high = torch.where(n - upto <= bins, torch.maximum(n - steps.long(), upto), place_high)
-    place_low[:, 0], place_high[:, 0] = 0, n
-    place_low[:, -1:], place_high[:, -1:] = below, upto
+    if by_rank:
+        low, high = (below * steps / bins).long(), n - (above * steps / bins).long()
+    else:
+        shrink = ((1 - steps / bins) ** 2).to(data.x.dtype)
+        low = torch.searchsorted(data.x, data.x[:, :1] * shrink).minimum(below)
+        high = torch.searchsorted(data.x, data.x[:, -1:] * shrink, right=True).maximum(n - above)
+        low = torch.where(below <= bins, torch.minimum(steps.long(), below), low)
+        high = torch.where(above <= bins, n - torch.minimum(steps.long(), above), high)
+        low[:, -1:], high[:, -1:] = below, n - above
+    edges = torch.cat((-data.x.gather(1, low.clamp(max=n - 1)), data.x.gather(1, (high - 1).clamp(min=0))))
 
     def sums(cumulated: Tensor, sign: float) -> Tensor:
-        low, high = cumulated.gather(1, place_low), cumulated.gather(1, place_high)
-        return torch.cat((sign * low, cumulated[:, -1:] - high))
+        return torch.cat((sign * cumulated.gather(1, low), cumulated[:, -1:] - cumulated.gather(1, high)))
 
-    return _Sides(edges, sums(data.weight, 1), sums(data.first, -1), sums(data.second, 1))
+    return _Sides(
+        edges.double().clamp(min=0), sums(data.weight, 1), sums(data.first, -1), sums(data.second, 1)
+    )
 
 
 def _optimal(side: _Sides, most: int) -> Tensor:
@@ -148,8 +150,11 @@ def _optimal(side: _Sides, most: int) -> Tensor:
     rest = second[:, -1:] - second  # what it costs to code the bins from j on as zero
     least = [torch.full_like(rest, torch.inf, dtype=torch.float32)]
     least[0][:, 0] = 0  # no bins, no values
+    sums = torch.empty_like(
+        cost
+    )  # one for all: for fresh memory, page faults take longer than the arithmetic
     for _ in range(most):
-        least.append((least[-1].unsqueeze(1) + cost).amin(dim=2))
+        least.append(torch.add(least[-1].unsqueeze(1), cost, out=sums).amin(dim=2))
     losses = torch.stack([(each * second[:, -1:] + rest).amin(dim=1) for each in least], dim=1)
     return _traced(side, cost, least, rest, _shares(losses))
 
