@@ -10,6 +10,7 @@ _WHERE = {
     "load": "fewbit.storage",
     "save": "fewbit.storage",
     "synthesize": "fewbit.synthesis",
+    "sensitivity": "fewbit.search.sensitivity",
     "evaluate": "fewbit.evaluation.metrics",
     "measure": "fewbit.evaluation.measure",
     "export": "fewbit.deploy",
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from fewbit.numerics.scheme import Scheme
     from fewbit.pipeline import quantize
     from fewbit.plan import Plan, Recipe
+    from fewbit.search.sensitivity import sensitivity
     from fewbit.storage import load, save
     from fewbit.synthesis import synthesize
     from fewbit.versus import benchmark
@@ -48,6 +50,7 @@ __all__ = [
     "measure",
     "quantize",
     "save",
+    "sensitivity",
     "synthesize",
     "verify",
 ]

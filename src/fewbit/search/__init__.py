@@ -1,0 +1,1 @@
+"""What is decided by measuring: how much each layer minds few bits."""
