@@ -6,6 +6,7 @@ import typer
 
 from fewbit.cli.files import benchmark, evaluate, export, measure, verify
 from fewbit.cli.models import demo, formats, inspect, quantize
+from fewbit.cli.search import sensitivity
 from fewbit.errors import FewbitError
 
 app = typer.Typer(
@@ -13,7 +14,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Makes trained networks small and fast, and proves that what was evaluated is what runs.",
 )
-for command in (demo, inspect, quantize, export, verify, evaluate, benchmark, measure, formats):
+for command in (demo, inspect, sensitivity, quantize, export, verify, evaluate, benchmark, measure, formats):
     app.command()(command)
 
 
