@@ -79,6 +79,8 @@ def numbers_again(stored: dict[str, Any], initializers: Mapping[str, np.ndarray]
     shape = [int(n) for n in stored["shape"]]
     count, index, offset = math.prod(shape), np.zeros((), np.int64), 0
     for name, width in stored["planes"]:
+        if width not in _PLANES:
+            raise ValueError(f"planes have {', '.join(map(str, _PLANES))} bits, not {width!r:.40}")
         plane = initializers[name].astype(np.int64).reshape(-1)
         if width < 4:
             plane = (plane.reshape(-1, 1) >> (np.arange(8 // width) * width)).reshape(-1)
