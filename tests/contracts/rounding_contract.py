@@ -15,6 +15,9 @@ SCHEMES = [
     Scheme("int3", "group", group_size=9),
     Scheme("int2"),
     Scheme("ternary", "channel"),
+    Scheme("nf4", "group", group_size=12),
+    Scheme("pow2_4", "channel"),
+    Scheme("float8_e4m3", "channel"),
     Scheme("codebook3", "channel"),
     Scheme("codebook2_shared", "channel"),
 ]
@@ -27,10 +30,11 @@ def schemes(module: ModuleType) -> list[Scheme]:
 
 
 def statistics(inputs: int) -> dict[str, Tensor]:
-    """Every statistic that a rounding may ask for, of a layer with that many inputs."""
+    """Every statistic that a rounding may ask for, of the layer that has `weight()`, with that many inputs."""
     x = torch.randn(256, inputs, generator=torch.Generator().manual_seed(5))
     x = x @ torch.randn(inputs, inputs, generator=torch.Generator().manual_seed(6))
-    return {"hessian": x.T @ x / len(x)}
+    hessian = x.T @ x / len(x)
+    return {"hessian": hessian, "importance": hessian.diagonal().expand(8, -1).reshape(8, 4, 3, 3)}
 
 
 def weight() -> Tensor:
@@ -52,10 +56,22 @@ def extremes(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return rows.amin(dim=1), rows.amax(dim=1)
 
 
-def loss(w: Tensor, q: Tensor, asked: frozenset[str], given: dict[str, Tensor]) -> float:
-    """The error that the rounding minimises: of the layer's output with a Hessian, else of the weight."""
+def step(q: QTensor) -> Tensor:
+    """The largest distance of two neighbouring values of each block: [C, 1]."""
+    values = q.scheme.spec.decode(q.scheme.spec.codes())
+    used = values[(values >= q.scheme.qmin) & (values <= q.scheme.qmax)]
+    return q.scale.reshape(-1, 1) * used.diff().max()
+
+
+def loss(w: Tensor, q: Tensor, module: ModuleType, given: dict[str, Tensor]) -> float:
+    """The error that the rounding minimises: of the layer's output with a Hessian, else of the weight.
+
+    That is its square, or what the module's own `loss` makes of it.
+    """
     error = (w - q).reshape(len(w), -1).to(torch.float64)
-    if "hessian" in asked:
+    if hasattr(module, "loss"):
+        return float(module.loss(error).sum())
+    if "hessian" in module.STATISTICS:
         return float(torch.einsum("oi,ij,oj->", error, given["hessian"].to(torch.float64), error))
     return float(error.square().sum())
 
@@ -89,8 +105,9 @@ def error_is_bounded(module: ModuleType) -> None:
         w = weight()
         q = module.round(w, scheme, *extremes(w, scheme), {})
         error = blocks((q.dequantize() - w).abs(), scheme)
-        if q.codebook is None and not module.__name__.endswith(".twn"):  # whose scale leaves the range
-            assert bool((error <= q.scale.reshape(-1, 1) * 1.001).all())
+        fits_scales = getattr(module, "FITS_SCALES", False) or module.__name__.endswith(".twn")
+        if q.codebook is None and not fits_scales:  # then numbers may lie beyond what was the range
+            assert bool((error <= step(q) * 1.001).all())
         if q.codebook is not None:
             values = q.scale.reshape(-1, 1) * q.codebook
             nearest = (blocks(w, scheme).unsqueeze(2) - values.unsqueeze(1)).abs().amin(dim=2)
@@ -119,8 +136,8 @@ def no_worse_than_nearest(module: ModuleType) -> None:
         if scheme.spec.learned:
             continue  # no grid to compare with
         lo, hi = extremes(w, scheme)
-        ours = loss(w, module.round(w, scheme, lo, hi, given).dequantize(), module.STATISTICS, given)
-        nearest = loss(w, QTensor.quantize(w, scheme, lo, hi).dequantize(), module.STATISTICS, given)
+        ours = loss(w, module.round(w, scheme, lo, hi, given).dequantize(), module, given)
+        nearest = loss(w, QTensor.quantize(w, scheme, lo, hi).dequantize(), module, given)
         assert ours <= nearest * (1 + 1e-6)
 
 
@@ -137,10 +154,44 @@ def representable_weights_stay(module: ModuleType) -> None:
             assert torch.equal(again.codes, first.codes)
 
 
+def random_roundings_are_unbiased(module: ModuleType) -> None:
+    """The mean over many seeds is the weight, within what so many draws allow; no draw is further than a step."""
+    if not getattr(module, "RANDOM", False):
+        return
+    draws = 200
+    for scheme in schemes(module):
+        w = weight()
+        lo, hi = extremes(w, scheme)
+        limit = torch.maximum(-lo, hi) if scheme.symmetric else None
+        found = [module.round(w, scheme, lo, hi, {"seed": seed}).dequantize() for seed in range(draws)]
+        rows = blocks(w, scheme)
+        mean, spread = (blocks(x, scheme) for x in (torch.stack(found).mean(0), torch.stack(found).std(0)))
+        gap = step(QTensor.quantize(w, scheme, lo, hi))
+        off = (mean - rows).abs()
+        if limit is None:  # the rounded zero point moves an end of the range by up to half a step
+            inside = (rows - lo.clamp(max=0).unsqueeze(1) > gap) & (hi.clamp(min=0).unsqueeze(1) - rows > gap)
+            off = off * inside
+        assert bool((off <= 5 * spread / draws**0.5 + 0.02 * gap).all())
+        assert bool((spread <= 0.51 * gap).all())
+
+
+def results_are_reproducible(module: ModuleType) -> None:
+    """The same weight gets the same codes again, whatever torch's own random state is."""
+    for scheme in schemes(module)[:2]:
+        w = weight()
+        torch.manual_seed(1)
+        first = module.round(w, scheme, *extremes(w, scheme), statistics(36))
+        torch.manual_seed(2)
+        again = module.round(w.clone(), scheme, *extremes(w, scheme), statistics(36))
+        assert torch.equal(first.codes, again.codes)
+
+
 CONTRACT = [
     result_fits_the_scheme,
     error_is_bounded,
     zero_stays_zero,
     no_worse_than_nearest,
     representable_weights_stay,
+    random_roundings_are_unbiased,
+    results_are_reproducible,
 ]
