@@ -113,7 +113,7 @@ def test_nearest_value_by_definition():
     rows, values = samples("gauss", 5, 64), cluster(samples("gauss", 5, 64), 8)
     for table in (values, values[:1]):
         index = nearest_value(rows, table)
-        chosen = table.expand(5, -1).gather(1, index)
+        chosen = table.expand(5, -1).gather(1, index.long())
         best = (rows.unsqueeze(2) - table.float().unsqueeze(1)).abs().amin(dim=2)
         assert torch.allclose((rows - chosen).abs().float(), best, atol=1e-6)
 

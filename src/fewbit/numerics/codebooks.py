@@ -50,7 +50,7 @@ def fit_codebook(weight: Tensor, scheme: Scheme, fit: Fit, importance: Tensor | 
     counts = None if importance is None else blocks(importance.reshape(weight.shape), scheme)
     one_each = _table_for_all if shared_table(scheme) else _table_each
     codes, scale, table = one_each(rows, scheme, fit, counts)
-    tensor = unblocks(codes.to(torch.uint8), weight.shape, scheme)
+    tensor = unblocks(codes, weight.shape, scheme)
     zero_point = torch.zeros_like(scale, dtype=torch.int32)
     return QTensor.from_codes(tensor, scale, zero_point, scheme, table)
 
@@ -72,7 +72,9 @@ def _table_for_all(
     starts = (rows.double().square().mean(dim=1).sqrt(), rows.abs().amax(dim=1).double())
     found = [_in_turn(rows, scheme, fit, counts, scheme.spec.scales(start, 1.0)) for start in starts]
     losses = [
-        float((counts * (rows - table[0][codes] * scale.unsqueeze(1)).square_()).sum(dtype=torch.float64))
+        float(
+            (counts * (rows - table[0][codes.int()] * scale.unsqueeze(1)).square_()).sum(dtype=torch.float64)
+        )
         for codes, scale, table in found
     ]
     return found[losses.index(min(losses))]
@@ -87,7 +89,7 @@ def _in_turn(
     table = fit(v.reshape(1, -1), levels, (counts * scale.square().unsqueeze(1)).reshape(1, -1))
     for _ in range(_ROUNDS):
         codes = nearest_value(v, table)
-        value = table.to(torch.float32)[0][codes]
+        value = table.to(torch.float32)[0][codes.int()]
         over, under = (counts * rows * value).double().sum(1), (counts * value * value).double().sum(1)
         scale = torch.where((over > 0) & (under > 0), over / under, scale.double()).to(torch.float32)
         mass = (counts * scale.square().unsqueeze(1)).reshape(-1).double()
