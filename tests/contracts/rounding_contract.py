@@ -162,13 +162,12 @@ def random_roundings_are_unbiased(module: ModuleType) -> None:
     for scheme in schemes(module):
         w = weight()
         lo, hi = extremes(w, scheme)
-        limit = torch.maximum(-lo, hi) if scheme.symmetric else None
         found = [module.round(w, scheme, lo, hi, {"seed": seed}).dequantize() for seed in range(draws)]
         rows = blocks(w, scheme)
         mean, spread = (blocks(x, scheme) for x in (torch.stack(found).mean(0), torch.stack(found).std(0)))
         gap = step(QTensor.quantize(w, scheme, lo, hi))
         off = (mean - rows).abs()
-        if limit is None:  # the rounded zero point moves an end of the range by up to half a step
+        if not scheme.symmetric:  # the rounded zero point moves an end of the range by up to half a step
             inside = (rows - lo.clamp(max=0).unsqueeze(1) > gap) & (hi.clamp(min=0).unsqueeze(1) - rows > gap)
             off = off * inside
         assert bool((off <= 5 * spread / draws**0.5 + 0.02 * gap).all())

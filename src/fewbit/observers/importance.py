@@ -37,6 +37,5 @@ class Observer(SquaredErrorObserver):
         rows = blocks(x.detach().to(torch.float32), self.scheme)
         loss = squared_error(rows, blocks(importance, self.scheme), self.scheme)
         least, most = self.observed()
-        return self._limited(
-            *search_clipping(loss, least.clamp(max=0), most.clamp(min=0), self.scheme.symmetric)
-        )
+        found = search_clipping(loss, least.clamp(max=0), most.clamp(min=0), self.scheme.symmetric)
+        return self._limited(*found)
