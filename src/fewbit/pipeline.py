@@ -14,6 +14,7 @@ from fewbit.data import Batches, as_batches
 from fewbit.edges import with_edges
 from fewbit.effort import BEST, strongest
 from fewbit.errors import CalibrationError, DataError, ModelError, RecipeError
+from fewbit.learning import learn_on
 from fewbit.model.readers import as_module
 from fewbit.model.simulate import QuantizedModel, insert_dynamic, insert_quantizer
 from fewbit.model.sites import QUANTIZERS, WEIGHTED, Placement, find_sites, place
@@ -21,8 +22,7 @@ from fewbit.model.ties import separate_ties
 from fewbit.normalise import adapted_to_data, corrected, normalised
 from fewbit.observers import observer_names
 from fewbit.plan import Plan, Recipe, resolve
-from fewbit.reconstruct import Task, reconstruct_on
-from fewbit.reconstruct import wanted as reconstruction_wanted
+from fewbit.reconstruct import Task, reconstructs
 from fewbit.rounding import rounding_names
 from fewbit.statistics import Statistics, without_statistics
 from fewbit.synthesis import synthesize
@@ -172,8 +172,8 @@ def _quantized(
 ) -> QuantizedModel:
     facts, placement = Facts(), job.placement
     quantizers = calibrate_activations(gm, placement, job.plan, batches, facts, job.progress, job.resume)
-    reconstructs = reconstruction_wanted(job.plan)
-    float_gm = copy.deepcopy(gm) if job.recipe.bias_correction or reconstructs else None
+    learns = reconstructs(job.plan) or job.recipe.finetune > 0
+    float_gm = copy.deepcopy(gm) if job.recipe.bias_correction or learns else None
     limits = weight_limits(gm, job.recipe, placement, quantizers, get_target(job.target))
     facts.warnings += dead_channels(gm, job.plan)
     statistics = Statistics(gm, job.plan, batches, facts, job.progress)
@@ -183,14 +183,14 @@ def _quantized(
     for node in placement.dynamic:
         insert_dynamic(gm, node)
     gm.recompile()
-    if float_gm is not None and reconstructs:
+    if float_gm is not None and learns:
         fixed = {
             f"{QUANTIZERS}.{n.name}"
             for n in quantizers
             if job.plan.row(site_name(n, placement)).observer is None
         }
         task = Task(gm, float_gm, job.plan, qtensors, fixed, job.recipe.iterations, job.seed)
-        facts.notes += reconstruct_on(task, batches, facts, job.progress, job.resume)
+        facts.notes += learn_on(task, batches, facts, job.recipe.finetune, job.progress, job.resume)
     if float_gm is not None and job.recipe.bias_correction:
         pairs = (*placement.forms.items(), *placement.dynamic.items())
         layers = list(dict.fromkeys(str(n.target) for n, form in pairs if form.kind in WEIGHTED))

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fewbit.calibrate import Facts, shown
-from fewbit.data import Batches
-from fewbit.errors import CalibrationError, DataError
+from fewbit.calibrate import shown
+from fewbit.errors import CalibrationError
 from fewbit.model.blocks import Block, as_module, split, twin
 from fewbit.model.learned import LearnedBlock
 from fewbit.model.simulate import FakeQuantize
 from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.soft_rounding import SoftRounding
 from fewbit.numerics.straight_through import coin_flips
 from fewbit.plan import Plan, Row
 from fewbit.progress_file import ProgressFile
@@ -32,7 +32,6 @@ _DECIDE = 0.01  # weight of the term that makes codes decide
 _WARM_UP = 0.2  # share of the steps before that term begins
 _MILD, _STRICT = 20.0, 2.0  # its exponent at first and at last
 _AT_ONCE = 128  # samples that pass through a block at a time
-_FEW_SAMPLES, _MOST_SAMPLES = 256, 4096
 _LEARNABLE_BITS = (
     7  # of weights: finer ones have nothing to win, and limits that are set for them may be passed
 )
@@ -56,37 +55,9 @@ class Task:
     seed: int = 0
 
 
-def wanted(plan: Plan) -> bool:
+def reconstructs(plan: Plan) -> bool:
     """Whether a row of the plan asks for reconstruction."""
     return any(_reconstructed(row) for row in plan.weights())
-
-
-def reconstruct_on(
-    task: Task, batches: Batches | None, facts: Facts, progress: bool, resume: str | Path | None
-) -> list[str]:
-    """``reconstruct`` on at most 4,096 samples of the calibration data. Raises as that, and without data."""
-    name = next(row.rounding for row in task.plan.weights() if _reconstructed(row))
-    if batches is None:
-        raise CalibrationError(
-            f"rounding {name!r} needs calibration data: call quantize(model, calibration=data), or use rounding='hqq'"
-        )
-    if batches.one_shot and facts.samples:
-        raise DataError(
-            f"rounding {name!r} reads the calibration data again, and a generator can be read once: "
-            "give a list, a DataLoader or arrays instead"
-        )
-    parts: list[tuple[Tensor, ...]] = []
-    for inputs, _ in batches:
-        parts.append(inputs)
-        if sum(len(part[0]) for part in parts) >= _MOST_SAMPLES:
-            break
-    samples = tuple(torch.cat(tensors)[:_MOST_SAMPLES] for tensors in zip(*parts, strict=True))
-    if len(samples[0]) < _FEW_SAMPLES:
-        facts.warnings.append(
-            f"block reconstruction from {len(samples[0])} samples learns them by heart: give at least {_FEW_SAMPLES}; "
-            "1,024 are usual"
-        )
-    return reconstruct(task, samples, progress, None if resume is None else f"{resume}.blocks")
 
 
 def _reconstructed(row: Row) -> bool:
@@ -115,7 +86,7 @@ def reconstruct(
             "block reconstruction needs at least 2 calibration samples, and 1,024 are usual; found "
             f"{len(inputs[0])}"
         )
-    rows = _learnable(task)
+    rows = {layer: row for layer, row in learnable(task).items() if _reconstructed(row)}
     layers = {row.layer for row in task.plan.weights() if row.scheme is not None}
     blocks = split(task.gm, layers, tuple(x[:2] for x in inputs))
     file = None if resume is None else ProgressFile(resume, _owner(task, inputs))
@@ -127,10 +98,10 @@ def reconstruct(
     notes = []
     for index, block in enumerate(blocks):
         pair = twin(block, task.float_gm)
-        expected = _run(as_module(pair, task.float_gm), [exact[n] for n in pair.inputs])
+        expected = run(as_module(pair, task.float_gm), [exact[n] for n in pair.inputs])
         given = [quantized[n] for n in block.inputs]
         if str(index) in finished:
-            _store(task, rows, finished[str(index)])
+            store(task, rows, finished[str(index)])
         else:
             state, note = _improved(
                 task, block, rows, index, given, [exact[n] for n in pair.inputs], expected, ticks
@@ -141,7 +112,7 @@ def reconstruct(
                 file.save(finished)
         for path in block.calls():
             rows.pop(path, None)  # what a later block calls again has learned
-        quantized |= dict(zip(block.outputs, _run(as_module(block, task.gm), given), strict=True))
+        quantized |= dict(zip(block.outputs, run(as_module(block, task.gm), given), strict=True))
         exact |= dict(zip(pair.outputs, expected, strict=True))
         later = blocks[index + 1 :]
         quantized = _kept(quantized, {n for b in later for n in b.inputs})
@@ -151,14 +122,13 @@ def reconstruct(
     return notes
 
 
-def _learnable(task: Task) -> dict[str, Row]:
+def learnable(task: Task) -> dict[str, Row]:
     """The rows whose roundings can be learned, by layer: of few bits, integer, and of that layer alone."""
     shared = {row.shared_with for row in task.plan.weights()}
     return {
         row.layer: row
         for row in task.plan.weights()
-        if _reconstructed(row)
-        and row.site == f"{row.layer}.weight"
+        if row.site == f"{row.layer}.weight"
         and isinstance(task.gm.get_submodule(row.layer), nn.Linear | nn.modules.conv._ConvNd)
         and row.scheme is not None
         and row.scheme.spec.integer
@@ -182,7 +152,7 @@ def _kept(values: Values, needed: set[Node]) -> Values:
     return {node: value for node, value in values.items() if node in needed}
 
 
-def _run(module: GraphModule, inputs: list[Tensor]) -> list[Tensor]:
+def run(module: GraphModule, inputs: list[Tensor]) -> list[Tensor]:
     """The block's outputs for all samples."""
     with torch.no_grad():
         starts = range(0, len(inputs[0]), _AT_ONCE)
@@ -211,22 +181,22 @@ def _improved(
     generator = torch.Generator().manual_seed(task.seed * 1_000_003 + index)
     settings = reconstruction(rows[next(iter(weights))].rounding or "")
     drop = generator if settings is not None and settings.drop and _quantizes(task.gm, block) else None
-    learned = LearnedBlock(block, task.gm, weights, task.fixed, drop)
-    before = _noise(_run(as_module(block, task.gm), quantized), expected)
-    old = {f"{path}:{kind}": _current(task, rows, path, kind) for path, kind, _ in learned.learned()}
+    learned = LearnedBlock(block, task.gm, weights, SoftRounding, task.fixed, drop)
+    before = _noise(run(as_module(block, task.gm), quantized), expected)
+    old = {f"{path}:{kind}": current(task, rows, path, kind) for path, kind, _ in learned.learned()}
     _learn(learned, quantized, exact, expected, task.iterations, generator, ticks)
     state = {f"{path}:{kind}": value.clone().contiguous() for path, kind, value in learned.learned()}
-    _store(task, rows, state)
-    after = _noise(_run(as_module(block, task.gm), quantized), expected)
+    store(task, rows, state)
+    after = _noise(run(as_module(block, task.gm), quantized), expected)
     names = ", ".join(weights)
     if not math.isfinite(after):
         raise CalibrationError(
             f"{names}: reconstruction gives numbers that are not finite; use rounding='gptq'"
         )
     if after >= before:
-        _store(task, rows, old)
+        store(task, rows, old)
         return {}, f"{names}: reconstruction found nothing better than rounding to nearest"
-    return state, f"{names}: reconstructed, {_decibels(before):.1f} -> {_decibels(after):.1f} dB"
+    return state, f"{names}: reconstructed, {decibels(before):.1f} -> {decibels(after):.1f} dB"
 
 
 def _quantizes(gm: GraphModule, block: Block) -> bool:
@@ -240,12 +210,12 @@ def _noise(found: list[Tensor], expected: list[Tensor]) -> float:
     return sum(float((f - e).double().square().sum()) for f, e in pairs) / max(power, 1e-300)
 
 
-def _decibels(noise: float) -> float:
+def decibels(noise: float) -> float:
     return -10 * math.log10(max(noise, 1e-30))
 
 
 def _learn(
-    learned: LearnedBlock,
+    learned: LearnedBlock[SoftRounding],
     quantized: list[Tensor],
     exact: list[Tensor],
     expected: list[Tensor],
@@ -255,7 +225,7 @@ def _learn(
 ) -> None:
     """Adam on the error of the block's outputs; where values are dropped, inputs are float and quantized in a mix."""
     groups = [
-        {"params": learned.roundings(), "lr": _ROUNDING_RATE},
+        {"params": [weight.v for weight in learned.weights()], "lr": _ROUNDING_RATE},
         {"params": learned.biases(), "lr": _BIAS_RATE},
         {"params": learned.scales(), "lr": _SCALE_RATE},
     ]
@@ -266,7 +236,7 @@ def _learn(
         next(ticks, None)
         done = step / iterations
         for group, rate in zip(optimizer.param_groups[1:], rates[1:], strict=True):
-            group["lr"] = rate * _falling(done)
+            group["lr"] = rate * falling(done)
         chosen = torch.randint(len(expected[0]), (_BATCH,), generator=generator)
         given = [q[chosen] for q in quantized]
         if drops:
@@ -277,13 +247,14 @@ def _learn(
         loss = _loss(learned.module(*given), [e[chosen] for e in expected])
         if done >= _WARM_UP:
             share = (done - _WARM_UP) / (1 - _WARM_UP)
-            loss = loss + _DECIDE * learned.undecided(_STRICT + (_MILD - _STRICT) * _falling(share))
+            beta = _STRICT + (_MILD - _STRICT) * falling(share)
+            loss = loss + _DECIDE * torch.stack([w.undecided(beta) for w in learned.weights()]).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
 
-def _falling(done: float) -> float:
+def falling(done: float) -> float:
     """Half a cosine, from 1 to 0."""
     return 0.5 * (1 + math.cos(math.pi * done))
 
@@ -297,22 +268,29 @@ def _loss(found: list[Tensor], expected: list[Tensor]) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def _current(task: Task, rows: dict[str, Row], path: str, kind: str) -> Tensor:
+def current(task: Task, rows: dict[str, Row], path: str, kind: str) -> Tensor:
+    """A copy of what ``store`` would replace."""
     part = task.gm.get_submodule(path)
-    value = task.qtensors[rows[path].site].codes if kind == "codes" else getattr(part, kind)
+    if kind in ("codes", "weight_scale"):
+        q = task.qtensors[rows[path].site]
+        value: object = q.codes if kind == "codes" else q.scale
+    else:
+        value = getattr(part, kind)
     assert isinstance(value, Tensor)
     return value.detach().clone()
 
 
-def _store(task: Task, rows: dict[str, Row], state: dict[str, Tensor]) -> None:
-    """Put what was learned into the graph and the codes."""
+def store(task: Task, rows: dict[str, Row], state: dict[str, Tensor]) -> None:
+    """Put what was learned into the graph and the codes; keys are ``<path>:<kind>`` as of ``LearnedBlock.learned``."""
     with torch.no_grad():
         for key, value in state.items():
             path, _, kind = key.rpartition(":")
             part = task.gm.get_submodule(path)
+            if kind == "weight_scale":
+                continue
             if kind == "codes":
                 old = task.qtensors[rows[path].site]
-                q = QTensor.from_codes(value, old.scale, old.zero_point, old.scheme)
+                q = QTensor.from_codes(value, state[f"{path}:weight_scale"], old.zero_point, old.scheme)
                 task.qtensors[rows[path].site] = q
                 part.get_parameter("weight").copy_(q.dequantize())
             else:

@@ -26,8 +26,8 @@ class Block:
 def split(gm: GraphModule, layers: Iterable[str], example: tuple[Tensor, ...]) -> list[Block]:
     """Blocks that each call at least one of ``layers``, as small as can be with one tensor crossing each cut.
 
-    A residual block stays whole, since its shortcut crosses every cut within. Nodes that hold no batch of values (sizes,
-    constants) belong to every block that reads them.
+    A residual block stays whole, since its shortcut crosses every cut within. Nodes that hold no batch of values
+    (sizes, constants) belong to every block that reads them.
 
     Args:
         example: inputs with at least two samples on axis 0, on which the graph is run once.

@@ -1,6 +1,7 @@
-"""A block of a quantized graph in which roundings, biases and activations' scales can be learned."""
+"""A part of a quantized graph in which weights' codes, biases and activations' scales can be learned."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,21 +10,33 @@ from torch.fx import GraphModule
 from fewbit.model.blocks import Block, as_module
 from fewbit.model.simulate import FakeQuantize
 from fewbit.numerics.qtensor import QTensor
-from fewbit.numerics.soft_rounding import SoftRounding
 from fewbit.numerics.straight_through import coin_flips, learned_step
 
 
-class SoftLayer(nn.Module):
-    """A convolution or linear layer whose weight rounds softly and whose bias learns."""
+class LearnedWeight(Protocol):
+    """A weight whose codes are being learned."""
 
-    def __init__(self, layer: nn.Module, rounding: SoftRounding) -> None:
+    def weight(self) -> Tensor:
+        """As it is now: float32, differentiable."""
+
+    def hard(self) -> QTensor:
+        """As codes."""
+
+
+W = TypeVar("W", bound=LearnedWeight)
+
+
+class LearnedLayer(nn.Module, Generic[W]):
+    """A convolution or linear layer with a weight that learns, and a bias that does."""
+
+    def __init__(self, layer: nn.Module, learned: W) -> None:
         super().__init__()
-        self.layer, self.rounding = layer, rounding
+        self.layer, self.learned = layer, learned
         bias = layer.bias
         self.bias = nn.Parameter(bias.detach().clone()) if isinstance(bias, Tensor) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        values = {"weight": self.rounding.weight()}
+        values = {"weight": self.learned.weight()}
         if self.bias is not None:
             values["bias"] = self.bias
         result: Tensor = torch.func.functional_call(self.layer, values, (x,))
@@ -48,11 +61,12 @@ class LearnedStep(nn.Module):
         return learned_step(x, self.scale(), scheme.qmin - zero_point, scheme.qmax - zero_point, dropped)
 
 
-class LearnedBlock:
-    """A block with all of it that learns; ``module`` computes it, ``store`` puts what was learned into the model.
+class LearnedBlock(Generic[W]):
+    """A block with all of it that learns; ``module`` computes it.
 
     Args:
-        weights: by layer, the float weight and its nearest codes, where rounding is to be learned.
+        weights: by layer, the float weight and its codes, where codes are to be learned.
+        learn: makes a learned weight of such a pair.
         fixed: paths of quantize steps whose scale must stay, since others use the same.
         drop: the source of random drops, None for no drops.
     """
@@ -62,22 +76,23 @@ class LearnedBlock:
         block: Block,
         gm: GraphModule,
         weights: Mapping[str, tuple[Tensor, QTensor]],
+        learn: Callable[[Tensor, QTensor], W],
         fixed: set[str],
-        drop: torch.Generator | None,
+        drop: torch.Generator | None = None,
     ) -> None:
-        self.layers: dict[str, SoftLayer] = {}
+        self.layers: dict[str, LearnedLayer[W]] = {}
         self.steps: dict[str, LearnedStep] = {}
         for path in dict.fromkeys(block.calls()):
             part = gm.get_submodule(path)
             if isinstance(part, FakeQuantize) and part.scheme.spec.integer:
                 self.steps[path] = LearnedStep(part, drop, path not in fixed)
             elif path in weights:
-                self.layers[path] = SoftLayer(part, SoftRounding(*weights[path]))
+                self.layers[path] = LearnedLayer(part, learn(*weights[path]))
         self.module = as_module(block, gm, {**self.layers, **self.steps})
 
-    def roundings(self) -> list[Tensor]:
-        """The parameters of the weights' roundings."""
-        return [layer.rounding.v for layer in self.layers.values()]
+    def weights(self) -> list[W]:
+        """The weights that learn."""
+        return [layer.learned for layer in self.layers.values()]
 
     def biases(self) -> list[Tensor]:
         """The biases of the same layers."""
@@ -87,14 +102,12 @@ class LearnedBlock:
         """The relative changes of activations' scales, as logarithms."""
         return [step.change for step in self.steps.values() if step.change.requires_grad]
 
-    def undecided(self, beta: float) -> Tensor:
-        """See ``SoftRounding.undecided``; the sum over all layers."""
-        return torch.stack([layer.rounding.undecided(beta) for layer in self.layers.values()]).sum()
-
     def learned(self) -> Iterator[tuple[str, str, Tensor]]:
-        """What was learned, decided: layer or step, "codes", "bias" or "scale", and the value."""
+        """What was learned, decided: layer or step; "codes", "weight_scale", "bias" or "scale"; and the value."""
         for path, layer in self.layers.items():
-            yield path, "codes", layer.rounding.hard().codes
+            q = layer.learned.hard()
+            yield path, "codes", q.codes
+            yield path, "weight_scale", q.scale
             if layer.bias is not None:
                 yield path, "bias", layer.bias.detach()
         for path, step in self.steps.items():

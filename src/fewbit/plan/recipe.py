@@ -14,7 +14,7 @@ from fewbit.registry import nearest
 
 GRANULARITIES = ("tensor", "channel", "group")
 _BOOLS = {"weight_symmetric", "activation_symmetric", "equalize", "absorb_bias", "portable"}
-_INTS = {"group_size", "iterations"}
+_INTS = {"group_size", "iterations", "finetune"}
 BIAS_CORRECTIONS = ("empirical", "analytic")
 _MAX_BYTES = 2**20
 
@@ -74,6 +74,7 @@ class Recipe:
     ``portable`` keeps 8-bit weights where no CPU saturates (x86 without VNNI adds two products in 16 bits).
     ``weight_observer`` and ``observer`` (the activations') name range estimators.
     ``iterations`` are the steps that block reconstruction (``rounding="brecq"`` or ``"qdrop"``) learns each block for.
+    ``finetune`` is for how many epochs the whole network then learns the float one's outputs on the calibration data.
     ``ends`` is the format of the first and last layer with weights and of what they read and return, and ``addends``
     that of activations which only sums read, such as the residual branches; ``"same"`` makes no difference.
     ``smooth_quant`` may be its alpha, from 0 to 1, and true is 0.5. ``bias_correction`` is ``"empirical"`` (true:
@@ -95,6 +96,7 @@ class Recipe:
     observer: str = "minmax"
     rounding: str = "nearest"
     iterations: int = 500
+    finetune: int = 0
     ends: str = "same"
     addends: str = "same"
     equalize: bool = False
@@ -110,8 +112,9 @@ class Recipe:
             if field.name != "rules":
                 _check_type(where, field.name, getattr(self, field.name), optional=field.name == "group_size")
         _check_granularity(where, self.granularity, self.group_size)
-        if self.iterations < 1:
-            raise RecipeError(f"{where}: iterations is {self.iterations}, expected at least 1")
+        for key, least in (("iterations", 1), ("finetune", 0)):
+            if getattr(self, key) < least:
+                raise RecipeError(f"{where}: {key} is {getattr(self, key)}, expected at least {least}")
         if self.granularity == "group" and self.group_size is None:
             raise RecipeError(
                 f"{where}: granularity is 'group' but group_size is missing: set for example 32"
