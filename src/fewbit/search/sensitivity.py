@@ -178,7 +178,7 @@ class _Meter:
         """Each layer's rounded weights in turn; what comes before the layer is computed once."""
         walk = _Walk(self.gm, inputs)
         expected = _outputs(walk.finish())
-        before = _log_probabilities(expected[0]) if "kl" in self.metrics else None
+        before = _log_probabilities(expected[0].double()) if "kl" in self.metrics else None
         self.predictions += before.numel() // before.shape[-1] if before is not None else 0
         for layer in self.layers:
             walk.advance(layer.node)
@@ -192,7 +192,7 @@ class _Meter:
                 for left, right in zip(expected, found, strict=True):
                     self.noise[layer.site, name].update(left, right)
                 if before is not None:
-                    after = _log_probabilities(found[0])
+                    after = _log_probabilities(found[0].double())
                     self.divergence[layer.site, name] += float((before.exp() * (before - after)).sum())
 
     def _differentiate(self, inputs: tuple[Tensor, ...], generator: torch.Generator) -> None:
