@@ -55,7 +55,7 @@ def test_table_json_and_chart(measured: Sensitivity, tmp_path: Path) -> None:
     shown = json.loads(json.dumps(measured.to_json(), allow_nan=False))
     assert shown["rows"][3]["layer"] == "conv2"
     assert shown["rows"][3]["metrics"]["kl"] == measured.rows[3].metrics["kl"]
-    drawn = ElementTree.parse(measured.plot(tmp_path / "harm.svg", "kl")).getroot()  # noqa: S314
+    drawn = ElementTree.parse(measured.plot(tmp_path / "harm.svg", "kl")).getroot()
     assert len([e for e in drawn.iter() if e.tag.endswith("polyline")]) == 3
     assert len([e for e in drawn.iter() if e.tag.endswith("circle")]) == 18
 
@@ -64,7 +64,7 @@ def test_a_chart_leaves_out_what_cannot_be_drawn() -> None:
     svg = line_chart(
         "a < b", ["x", "y", "z"], {"s": [1.0, float("inf"), None], "t": [0.0, 10.0, 100.0]}, log=True
     )
-    points = [e.get("points") for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("polyline")]  # noqa: S314
+    points = [e.get("points") for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("polyline")]
     assert [len(p.split()) for p in points if p] == [1, 2]
     assert "a &lt; b" in svg
 
