@@ -16,6 +16,7 @@ _WHERE = {
     "export": "fewbit.deploy",
     "benchmark": "fewbit.versus",
     "verify": "fewbit.deploy",
+    "formats": "fewbit.catalogue",
     "Recipe": "fewbit.plan",
     "Plan": "fewbit.plan",
     "Scheme": "fewbit.numerics.scheme",
@@ -24,6 +25,7 @@ _WHERE = {
 }
 
 if TYPE_CHECKING:
+    from fewbit.catalogue import formats
     from fewbit.deploy import export, verify
     from fewbit.errors import FewbitError
     from fewbit.evaluation.measure import measure
@@ -46,6 +48,7 @@ __all__ = [
     "benchmark",
     "evaluate",
     "export",
+    "formats",
     "load",
     "measure",
     "quantize",

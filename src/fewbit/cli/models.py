@@ -156,10 +156,10 @@ def quantize(
 
 
 def formats(as_json: JSON = False) -> None:
-    """The number formats and their ranges."""
-    from fewbit.numerics.format import format_names, get_format
+    """The number formats: bits, levels, and their errors on Gaussian and Laplace weights."""
+    from dataclasses import asdict
 
-    rows = [{"name": f.name, "bits": f.bits, "lowest": f.qmin, "highest": f.qmax}
-            for f in map(get_format, format_names())]  # fmt: skip
-    text = "\n".join(f"{r['name']:<8} {r['bits']:>2} bits  {r['lowest']:g} to {r['highest']:g}" for r in rows)
-    show(rows, text, as_json)
+    from fewbit.catalogue import formats as every_format
+
+    table = every_format()
+    show([asdict(row) for row in table], str(table), as_json)
