@@ -134,6 +134,9 @@ def tables_are_demanded(fmt: Format) -> None:
     for bad in (None, table, table.expand(2, -1), table[None, 1:], (table / 0)[None]):
         with pytest.raises(FormatError, match="codebook"):
             QTensor.from_codes(codes, one, zero, scheme, bad)
+    for outside in (-1, 2**fmt.bits):
+        with pytest.raises(FormatError, match=f"a codebook of {fmt.name} has 0 to {2**fmt.bits - 1}"):
+            QTensor.from_codes(codes + outside, one, zero, scheme, table[None])
 
 
 CONTRACT = [

@@ -56,6 +56,7 @@ def brute_force(x, scheme):
         Scheme("uint4"),
         Scheme("uint3", symmetric=False),
         Scheme("uint8", symmetric=False),
+        *map(Scheme, ("nf4", "float4_e2m1", "pow2_4", "apot_3", "exp_3", "binary", "ternary")),
     ],
     ids=lambda s: f"{s.format}-{'symmetric' if s.symmetric else 'affine'}",
 )

@@ -75,7 +75,7 @@ class QTensor:
                 raise FormatError(f"codes run from {low} to {high}: this {scheme.format} scheme has {limits}")
         if codes.is_floating_point() and not bool(torch.isfinite(codes).all()):
             raise FormatError(f"codes hold infinities or NaN: {scheme.format} has finite numbers only")
-        _check_codebook(codebook, scheme, count)
+        _check_codebook(codes, codebook, scheme, count)
         codes = codes.to(scheme.spec.code_dtype)
         if not scheme.spec.learned and not bool(torch.isfinite(scheme.spec.decode(codes)).all()):
             raise FormatError(f"codes hold some that {scheme.format} gives no value: the file is damaged")
@@ -170,7 +170,7 @@ def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme)
     return value * scale
 
 
-def _check_codebook(codebook: Tensor | None, scheme: Scheme, count: int) -> None:
+def _check_codebook(codes: Tensor, codebook: Tensor | None, scheme: Scheme, count: int) -> None:
     spec = scheme.spec
     if (codebook is not None) != spec.learned:
         has = "has" if codebook is not None else "lacks"
@@ -183,6 +183,11 @@ def _check_codebook(codebook: Tensor | None, scheme: Scheme, count: int) -> None
         raise FormatError(
             f"codebook has shape {tuple(codebook.shape)}: {scheme.format} needs ({count}, {2**spec.bits}), "
             f"or (1, {2**spec.bits})"
+        )
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < codebook.shape[1]:
+        found = f"{int(codes.min())} to {int(codes.max())}"
+        raise FormatError(
+            f"codes run from {found}: a codebook of {scheme.format} has 0 to {codebook.shape[1] - 1}"
         )
     if not bool(torch.isfinite(codebook).all()):
         raise FormatError("codebook holds infinities or NaN: the file is damaged")
