@@ -170,6 +170,10 @@ def test_a_bias_fits_the_accumulator_of_nearly_dead_weights() -> None:
     with pytest.warns(CalibrationWarning, match="dead"), torch.no_grad():
         found = fewbit.quantize(model, x, weights="pow2_4")
         assert float((found(x) - model(x)).abs().max()) < 0.3
+    (layer,) = [op for op in lower(found).integer_ops() if "bias" in op.constants]
+    assert (
+        int(layer.constants["bias"].abs().max()) <= 2**23 + 1
+    )  # more would round in requantization's float32
 
 
 class TestPlans:

@@ -97,6 +97,20 @@ def test_damage_is_refused_or_harmless(at: float, to: int, cut: bool) -> None:
         assert not cut
 
 
+@pytest.mark.parametrize("place", ["state", "behind"])
+def test_what_does_not_end_where_it_began_is_refused(place: str) -> None:
+    """The decoder's last states are the encoder's first: a checksum that costs nothing."""
+    codes = drawn(3000, 3, 0.15, 0)
+    coded = entropy_encode(codes)
+    if place == "state":
+        coded[5 + 4 + 2 * 8] ^= 1
+    else:
+        coded = torch.cat([coded, torch.ones(2, dtype=torch.uint8)])
+        coded[:4] = torch.tensor([len(coded) - 5], dtype=torch.int32).view(torch.uint8)
+    with pytest.raises(FormatError, match="damaged"):
+        entropy_decode(coded, torch.uint8, 3000)
+
+
 def test_a_small_file_cannot_ask_for_much_memory() -> None:
     zeros = torch.zeros(100_000, dtype=torch.uint8)
     coded = entropy_encode(zeros)
