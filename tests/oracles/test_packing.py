@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewbit.errors import FormatError
-from fewbit.numerics import packing
+from fewbit.numerics import format_names, get_format, packing
 from fewbit.numerics.packing import pack, packed_size, unpack
 
 
@@ -59,3 +59,23 @@ def test_bad_input_is_refused():
         unpack(torch.zeros(3, dtype=torch.uint8), 4, False, 7)
     with pytest.raises(FormatError, match="too short for -1 codes"):
         unpack(torch.zeros(3, dtype=torch.uint8), 4, False, -1)
+
+
+@given(
+    name=st.sampled_from(format_names()),
+    shape=st.lists(st.integers(0, 7), max_size=4),
+    seed=st.integers(0, 2**16),
+)
+def test_codes_of_any_format_and_shape_survive(name, shape, seed):
+    """Formats whose codes are integers; others are floats of torch, which are stored as they are."""
+    spec = get_format(name)
+    if spec.code_dtype.is_floating_point:
+        return
+    codes = spec.codes()
+    place = torch.randint(0, len(codes), shape, generator=torch.Generator().manual_seed(seed))
+    chosen = codes[place]
+    data = pack(chosen, spec.bits)
+    assert data.numel() == packed_size(chosen.numel(), spec.bits)
+    signed = spec.integer and spec.qmin < 0
+    again = unpack(data, spec.bits, signed, chosen.numel()).reshape(shape).to(spec.code_dtype)
+    assert torch.equal(again, chosen)
