@@ -23,7 +23,11 @@ def llmcompressor(weight: Tensor, tokens: Tensor, group: int | None) -> Tensor:
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
     args = QuantizationArgs(
-        num_bits=BITS, symmetric=True, strategy="group" if group else "channel", group_size=group, actorder="weight"
+        num_bits=BITS,
+        symmetric=True,
+        strategy="group" if group else "channel",
+        group_size=group,
+        actorder="weight",
     )
     rows = weight.reshape(len(weight), -1, group or weight.shape[1])
     scale, zero = calculate_qparams(rows.amin(2), rows.amax(2), args)
@@ -40,7 +44,14 @@ def neural_compressor(weight: Tensor, tokens: Tensor, group: int | None) -> Tens
 
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     gptq = GPTQ(layer, weight)
-    options = {"bits": BITS, "sym": True, "perchannel": True, "mse": False, "dtype": "int", "group_size": group or -1}
+    options = {
+        "bits": BITS,
+        "sym": True,
+        "perchannel": True,
+        "mse": False,
+        "dtype": "int",
+        "group_size": group or -1,
+    }
     gptq.quantizer.configure({**options, "double_quant_sym": True, "use_double_quant": False})
     gptq.add_batch(tokens, None)
     return gptq.fasterquant(
@@ -71,10 +82,9 @@ def brevitas(weight: Tensor, tokens: Tensor, group: int | None) -> Tensor:
 
 def nncf(weight: Tensor, tokens: Tensor, group: int | None) -> Tensor:
     """nncf.compress_weights(gptq=True) of an OpenVINO model with one product; its weights are read back."""
+    import nncf as package
     import openvino as ov
     from openvino import opset13 as op
-
-    import nncf as package
 
     x = op.parameter([1, -1, weight.shape[1]], np.float32, name="x")
     product = op.matmul(x, op.constant(weight.numpy().copy()), False, True)
@@ -122,12 +132,16 @@ def main() -> None:
     parser.add_argument("--peer", required=True, choices=PEERS)
     parser.add_argument("--weight", required=True, type=Path, help="float32 .npy [outputs, inputs]")
     parser.add_argument("--tokens", required=True, type=Path, help="float32 .npy [tokens, inputs]")
-    parser.add_argument("--group", type=int, help="inputs that share a scale; without it, a scale per channel")
+    parser.add_argument(
+        "--group", type=int, help="inputs that share a scale; without it, a scale per channel"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", required=True, type=Path, help=".npy for the rounded weights")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    weight, tokens = (torch.from_numpy(np.load(path, allow_pickle=False)) for path in (args.weight, args.tokens))
+    weight, tokens = (
+        torch.from_numpy(np.load(path, allow_pickle=False)) for path in (args.weight, args.tokens)
+    )
     run, package = PEERS[args.peer]
     # A small layer first: imports and what a library does once are not counted.
     run(weight[:256, :256].contiguous(), tokens[:512, :256].contiguous(), args.group)
