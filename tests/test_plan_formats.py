@@ -98,3 +98,20 @@ def test_weights_of_any_format_are_simulated(name: str) -> None:
     expected = torch.nn.functional.linear(x, weight.dequantize(), layer[0].bias)
     assert torch.allclose(quantized(x), expected, atol=1e-5)
     assert weight.codes.unique().numel() <= 2**weight.scheme.spec.bits
+
+
+@pytest.mark.parametrize(("name", "share"), [("codebook2", 0.7), ("codebook3_shared", 0.97)])
+def test_tables_weighted_by_inputs_lower_the_error_of_the_output(name: str, share: float) -> None:
+    """Inputs of very different size: k-means weighted by their second moments, collected in calibration."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(96, 16)).eval()
+    x = torch.randn(512, 96) * torch.logspace(-2, 1, 96)[torch.randperm(96)]
+
+    def output_error(rounding: str) -> float:
+        quantized = fewbit.quantize(
+            layer, x[:256], weights=name, activations="float", rounding=rounding, progress=False
+        )
+        assert quantized.plan.row("0.weight").rounding == rounding
+        return float((quantized(x[256:]) - layer(x[256:])).detach().square().mean())
+
+    assert output_error("weighted_kmeans") < share * output_error("kmeans")

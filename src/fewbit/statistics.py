@@ -38,12 +38,13 @@ def without_statistics(plan: Plan, gm: GraphModule) -> Plan:
         asked = needed(row) if row.kind == "weight" else frozenset()
         layer, name = row.site.rsplit(".", 1) if asked else ("", "")
         if asked and not (isinstance(gm.get_submodule(layer), _LAYERS) and name == "weight"):
-            assert row.rounding is not None and row.observer is not None
+            assert row.rounding is not None and row.observer is not None and row.scheme is not None
+            rounding = row.scheme.spec.rounding if required_statistics(row.rounding) else row.rounding
             row = replace(
                 row,
-                rounding="nearest" if required_statistics(row.rounding) else row.rounding,
+                rounding=rounding,
                 observer="mse" if weight_statistics(row.observer) else row.observer,
-                because=f"{row.because}; no {' and '.join(sorted(asked))} of the inputs of {row.op} layers: nearest",
+                because=f"{row.because}; no {' and '.join(sorted(asked))} of the inputs of {row.op} layers: {rounding}",
             )
         rows.append(row)
     return replace(plan, rows=tuple(rows))

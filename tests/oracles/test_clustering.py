@@ -177,8 +177,10 @@ def test_importance_decides(name):
     importance = torch.ones(16, 64)
     importance[:, ::2] = 1000.0
     plain, weighted = (
-        (round_weight("kmeans", w, scheme, *rows_range(w, scheme), given).dequantize() - w).square()
-        for given in ({}, {"importance": importance})
+        (
+            round_weight(name, w, scheme, *rows_range(w, scheme), {"importance": importance}).dequantize() - w
+        ).square()
+        for name in ("kmeans", "weighted_kmeans")
     )
     assert float(weighted[:, ::2].mean()) < 0.95 * float(plain[:, ::2].mean())
     assert float(weighted[:, 1::2].mean()) > float(plain[:, 1::2].mean())

@@ -1,7 +1,6 @@
-"""k-means clustering of weights: codebooks with the least squared error, weighted by importance where it is known.
+"""k-means clustering of weights: codebooks with the least squared error.
 
-Han et al., "Deep Compression" (arXiv 1510.00149); importance as in Choi et al., "Towards the Limit of Network
-Quantization" (arXiv 1612.01543).
+Han et al., "Deep Compression" (arXiv 1510.00149).
 """
 
 from collections.abc import Mapping
@@ -24,8 +23,5 @@ def accepts(spec: Format) -> bool:
 
 
 def round(weight: Tensor, scheme: Scheme, lo: Tensor, hi: Tensor, statistics: Mapping[str, Any]) -> QTensor:
-    """Codes and codebook of a weight; ranges do not matter, because nothing saturates.
-
-    statistics: optionally "importance", a float tensor in the weight's shape.
-    """
-    return fit_codebook(weight, scheme, cluster, statistics.get("importance"))
+    """Codes and codebook of a weight; ranges do not matter, because nothing saturates."""
+    return fit_codebook(weight, scheme, cluster)

@@ -34,8 +34,8 @@ def accepts(spec: Format) -> bool:
 
 
 def round(weight: Tensor, scheme: Scheme, lo: Tensor, hi: Tensor, statistics: Mapping[str, Any]) -> QTensor:
-    """Codes and codebook of a weight; ranges do not matter. statistics: optionally "importance", in its shape."""
-    return fit_codebook(weight, scheme, fit_density, statistics.get("importance"))
+    """Codes and codebook of a weight; ranges do not matter."""
+    return fit_codebook(weight, scheme, fit_density)
 
 
 def fit_density(rows: Tensor, levels: int, weights: Tensor | None = None) -> Tensor:
