@@ -34,20 +34,23 @@ def split(gm: GraphModule, layers: Iterable[str], example: tuple[Tensor, ...]) -
     """
     wanted, batched = set(layers), _batched(gm, example)
     order = [n for n in gm.graph.nodes if n in batched and n.op != "placeholder"]
-    last = {n: max((order.index(u) for u in _readers(n, batched)), default=len(order)) for n in batched}
+    place = {n: index for index, n in enumerate(order)}
+    last = {n: max((place[u] for u in _readers(n, batched)), default=-1) for n in batched}
     for node in next(n for n in gm.graph.nodes if n.op == "output").all_input_nodes:
         last[node] = len(order)
     live = {n for n in batched if n.op == "placeholder"}
-    cuts, candidate, busy = [0], None, False
-    for index, node in enumerate(order):
+    cuts, candidate, busy, index = [0], None, False, 0
+    for node in gm.graph.nodes:
         if node.op == "call_module" and str(node.target) in wanted:
             if busy and candidate is not None:
                 cuts.append(candidate)
                 candidate = None
             busy = True
-        live = {n for n in live | {node} if last[n] > index}
-        if busy and len(live) == 1:
-            candidate = index + 1
+        if node in place:
+            live = {n for n in live | {node} if last[n] > index}
+            index += 1
+            if busy and len(live) == 1:
+                candidate = index
     return [
         _block(order[a:b], order[b:], batched) for a, b in zip(cuts, [*cuts[1:], len(order)], strict=True)
     ]

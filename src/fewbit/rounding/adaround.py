@@ -22,8 +22,9 @@ STATISTICS: frozenset[str] = frozenset({"hessian"})
 
 _STEPS = 500
 _RATE = 1e-2
-_DECIDE = 0.5  # weight of the term that makes codes decide, in units of the nearest codes' loss a weight
-_WARM_UP = 0.2
+# Weight of the term that makes codes decide, in units of the nearest codes' loss a weight. It rises, since without it
+# the soft weight is the float one, and with all of it at once every code decides alone.
+_FIRST, _LAST = 0.01, 10.0
 
 
 def accepts(spec: Format) -> bool:
@@ -73,9 +74,8 @@ def _learn(soft: SoftRounding, losses: Any, unit: Tensor) -> None:
         for step in range(_STEPS):
             done = step / _STEPS
             loss = losses(soft.weight()).sum() / unit
-            if done >= _WARM_UP:
-                share = (done - _WARM_UP) / (1 - _WARM_UP)
-                loss = loss + _DECIDE * soft.undecided(2 + 18 * 0.5 * (1 + math.cos(math.pi * share)))
+            decide = _FIRST * (_LAST / _FIRST) ** done
+            loss = loss + decide * soft.undecided(2 + 18 * 0.5 * (1 + math.cos(math.pi * done)))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
