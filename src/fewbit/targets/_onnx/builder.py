@@ -22,9 +22,13 @@ _STORAGE = {
 
 
 class Builder:
-    """Nodes and initializers of a graph under construction."""
+    """Nodes and initializers of a graph under construction.
 
-    def __init__(self) -> None:
+    ``tables``: whether codes of few values may be stored as indices, for a runtime that unpacks them when it loads.
+    """
+
+    def __init__(self, tables: bool = True) -> None:
+        self.tables = tables
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self._by_content: dict[tuple[str, tuple[int, ...], bytes], str] = {}

@@ -21,7 +21,7 @@ def emit_dynamic(builder: Builder, op: Op, x: str, constants: dict[str, Any]) ->
         return name
 
     def stored_weight(array: np.ndarray) -> str:
-        if not fewer_bytes(array, len(np.unique(array))):
+        if not fewer_bytes(builder, array):
             return stored("weight", array)
         name, constants[f"{op.output}.weight"] = numbers(builder, array, f"{op.layer}.weight")
         return name

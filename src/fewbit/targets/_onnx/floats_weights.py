@@ -16,7 +16,7 @@ from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme
 from fewbit.targets import has_table
 from fewbit.targets._onnx.builder import Builder, int4
-from fewbit.targets._onnx.tables import looked_up
+from fewbit.targets._onnx.tables import fewer_bytes, looked_up, numbers
 
 HALVES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}  # stored as they are
 
@@ -148,8 +148,13 @@ def _stored(
 
 
 def stored_codes(builder: Builder, codes: np.ndarray, scheme: Scheme, name: str, packed: bool = False) -> str:
-    """Codes as an initializer, two to a byte where 4 bits hold them; unless ``packed``, cast to 8 bits."""
+    """Codes as an initializer, two to a byte where 4 bits hold them; unless ``packed``, unpacked to 8 bits.
+
+    What is unpacked anyway may be packed more densely.
+    """
     kind = storage_type(scheme, name)
+    if not packed and not kind.endswith("16") and fewer_bytes(builder, codes):
+        return numbers(builder, _coded(codes, "int8" if scheme.qmin < 0 else "uint8"), name)[0]
     stored = builder.constant(_coded(codes, kind), name)
     if packed or not kind.endswith("int4"):
         return stored

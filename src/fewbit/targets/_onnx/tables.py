@@ -56,17 +56,21 @@ def looked_up(builder: Builder, q: QTensor, name: str, transposed: bool = False)
     return values if order == sorted(order) else builder.node("Transpose", [values], name, perm=order)
 
 
-def fewer_bytes(codes: np.ndarray, values: int) -> bool:
-    """Whether int8 numbers of so many values are smaller as indices and a table than as they are, or in 4 bits."""
-    bits = _bits(values)
-    alone = min(_PLANES[8] + codes.size, _PLANES[4] + codes.size // 2 if np.abs(codes).max() <= 7 else 2**62)
-    return _bytes(_widths(bits, codes.size), codes.size) + _TABLE < alone
+def fewer_bytes(builder: Builder, codes: np.ndarray) -> bool:
+    """Whether 8-bit numbers take fewer bytes as indices and a table of their values than as they are, or in 4 bits."""
+    if not builder.tables or not codes.size:
+        return False
+    lo, hi = int(codes.min()), int(codes.max())
+    narrow = (lo >= -8 and hi <= 7) or (lo >= 0 and hi <= 15)
+    alone = min(_bytes([8], codes.size), _bytes([4], codes.size) if narrow else 2**62)
+    widths = _widths(_bits(len(np.unique(codes))), codes.size)
+    return _bytes(widths, codes.size) + _TABLE < alone
 
 
 def numbers(builder: Builder, codes: np.ndarray, name: str) -> tuple[str, dict[str, Any]]:
-    """int8 numbers of few values as indices and a table, and what ``numbers_again`` needs to read them again."""
+    """8-bit numbers of few values as indices and a table, and what ``numbers_again`` needs to read them again."""
     values, index = np.unique(codes, return_inverse=True)
-    table = builder.constant(values.astype(np.int8), f"{name}_values")
+    table = builder.constant(values, f"{name}_values")
     planes: list[list[Any]] = []
     narrow = index.reshape(codes.shape).astype(np.uint8)
     found = indices(builder, narrow, _bits(len(values)), name, planes)

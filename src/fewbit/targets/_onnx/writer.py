@@ -23,12 +23,10 @@ class Writer:
     between DequantizeLinear and QuantizeLinear, as TensorRT wants it, instead of moving codes about directly.
     """
 
-    tables = True  # whether weights of few values may be stored as indices
-
     def __init__(self, program: Program, explicit: bool = False) -> None:
         self.program = program
         self.explicit = explicit
-        self.builder = Builder()
+        self.builder = Builder(tables=not explicit)
         self.names: dict[str, Any] = {}
         self.views: dict[tuple[str, float, int], str] = {}
         self.constants: dict[str, Any] = {}
@@ -137,8 +135,7 @@ class Writer:
             raise TargetError(
                 f"{op.layer}: {codes.dtype} weights have no integer kernel in ONNX Runtime; use int8"
             )
-        values = 0 if self.explicit or not self.tables else len(np.unique(codes))
-        if values and fewer_bytes(codes, values):
+        if fewer_bytes(self.builder, codes):
             stored, parts = numbers(self.builder, codes, name)
             self.constants[f"{op.output}.weight"] = parts
         elif self.explicit or np.abs(codes).max(initial=0) > 7:

@@ -28,10 +28,9 @@ _NODES = {"Conv", "Gemm", "MatMul", "Add", "Mul", "AveragePool", "GlobalAverageP
 class IrWriter(Writer):
     """The ONNX graph that OpenVINO reads best. ``nodes``: by value, the node that computes an integer operation."""
 
-    tables = False  # it would store what it unpacked
-
     def __init__(self, program: Any) -> None:
         super().__init__(program)
+        self.builder.tables = False  # it would store what it unpacked
         self.nodes: dict[str, str] = {}
 
     def _emit(self, op: Op) -> None:
