@@ -12,10 +12,13 @@ _SHRINK_ONE = 0.85  # ratio of neighbouring coarse candidates where one bound mo
 _STEPS_ONE = 48  # down to 0.0005 of the range
 _SHRINK_TWO = 0.62  # and where two bounds move
 _STEPS_TWO = 16
+_STEPS_AT_ONCE = 12
 _ROUNDS = 4  # of refinement, each 3 times finer
 
 
-def search_clipping(loss: Loss, lo: Tensor, hi: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+def search_clipping(
+    loss: Loss, lo: Tensor, hi: Tensor, symmetric: bool, hopeless: float = torch.inf
+) -> tuple[Tensor, Tensor]:
     """The bounds within lo..hi that give each block its least loss; of equal losses, the widest range wins.
 
     Candidates are the extremes times a fraction: first fractions from 1 down to 0.0005 in geometric steps,
@@ -26,6 +29,7 @@ def search_clipping(loss: Loss, lo: Tensor, hi: Tensor, symmetric: bool) -> tupl
         loss: the loss of candidate ranges.
         lo, hi: float32 [C], extremes, with lo <= 0 <= hi.
         symmetric: whether only max(|lo|, |hi|) matters.
+        hopeless: where all blocks lose so many times their least loss, still narrower ranges are not tried.
 
     Returns:
         lo, hi: float64 [C].
@@ -50,12 +54,17 @@ def search_clipping(loss: Loss, lo: Tensor, hi: Tensor, symmetric: bool) -> tupl
     for turn in range(_ROUNDS + 1):
         spread = grid if turn == 0 else shrink ** (-fine / 3.0**turn)
         factors = torch.stack((spread, spread), 1) if single else torch.cartesian_prod(spread, spread)
-        fractions = (best.unsqueeze(1) * factors).clamp(max=1.0)
-        losses = loss(*bounds(fractions))
-        value, index = losses.min(dim=1)
-        better = value < least
-        chosen = fractions[torch.arange(lo.numel(), device=lo.device), index]
-        best = torch.where(better.unsqueeze(1), chosen, best)
-        least = torch.where(better, value, least)
+        # The grid is tried from wide to narrow, until it is hopeless for all blocks.
+        centre = best
+        for part in factors.split(_STEPS_AT_ONCE if single else len(factors)):
+            fractions = (centre.unsqueeze(1) * part).clamp(max=1.0)
+            losses = loss(*bounds(fractions))
+            value, index = losses.min(dim=1)
+            better = value < least
+            chosen = fractions[torch.arange(lo.numel(), device=lo.device), index]
+            best = torch.where(better.unsqueeze(1), chosen, best)
+            least = torch.where(better, value, least)
+            if bool((losses[:, -1] > hopeless * least).all()):
+                break
     low, high = bounds(best.unsqueeze(1))
     return low.squeeze(1), high.squeeze(1)

@@ -8,4 +8,4 @@ from fewbit.observers._squared_error import SquaredErrorObserver
 
 
 class Observer(SquaredErrorObserver):
-    """Saturating range: least sum of count * (x - Q(x))**2 over the histogram; Q is the quantizer."""
+    """Saturating range: least sum of (x - Q(x))**2; Q is the quantizer."""
