@@ -17,13 +17,15 @@ from fewbit.numerics.format import SMALLEST_SCALE
 _ITERATIONS = 300
 _SETTLED = 1e-7  # relative gain of an iteration that ends the search
 _WORK = 3e9  # candidates that dynamic programming may look at, over all rows
+_BINS = 192  # on each side of zero at most, or
+_BINS_PER_LEVEL = 12  # for each value; more gain little, since Lloyd's iterations follow
 _MOST_BINS = 1024
 _CELLS = 2**18  # numbers in a table of costs at a time
 _LONG = 2**18  # numbers in a row from which on it is gathered in a histogram instead of sorted
 _FINE = 2**15  # its cells on each side of zero
 _FEW = 32
 _PER_BIN = 4  # numbers in a bin where a density is estimated
-_PER_LEVEL = 2  # with fewer bins for each level, the bins' ends would decide
+_FEWEST_PER_LEVEL = 2  # with fewer bins for each level, the bins' ends would decide
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,10 @@ def _cumulated(x: Tensor) -> Tensor:
 def _start(data: _Sorted, levels: int) -> Tensor:
     """Values to begin with: float64 [C, levels], ascending, one of them zero."""
     parts, count = [], len(data.x)
-    bins = min(int((_WORK / (2 * count * levels)) ** 0.5), _MOST_BINS)
+    most = min(max(_BINS, _BINS_PER_LEVEL * levels), _MOST_BINS)
+    bins = min(int((_WORK / (2 * count * levels)) ** 0.5), most)
     one_side = int(torch.maximum((data.x < 0).sum(dim=1), (data.x > 0).sum(dim=1)).max())
-    optimal = bins >= min(one_side, _PER_LEVEL * levels)
+    optimal = bins >= min(one_side, _FEWEST_PER_LEVEL * levels)
     bins = max(min(bins, one_side), 1) if optimal else max(one_side // _PER_BIN, 1)
     step = max(1, _CELLS // (2 * (bins + 1) ** 2)) if optimal else count
     for begin in range(0, count, step):
@@ -149,21 +152,25 @@ class _Sides:
 
 
 def _sides(data: _Sorted, bins: int, by_rank: bool) -> _Sides:
-    """Both sides in bins of equally many numbers, or else in bins that narrow towards zero."""
-    n = data.x.shape[1]
-    zero = data.x.new_zeros(len(data.x), 1)
+    """Both sides in bins of equally many numbers; unless `by_rank`, half of the bins' ends lie ever closer to zero.
+
+    Equally many numbers suit densities with narrow humps; narrowing towards zero suits outliers.
+    """
+    n, zero = data.x.shape[1], data.x.new_zeros(len(data.x), 1)
     below = torch.searchsorted(data.x, zero)
     above = n - torch.searchsorted(data.x, zero, right=True)
-    steps = torch.arange(bins + 1, dtype=torch.float64, device=data.x.device)
-    if by_rank:
-        low, high = (below * steps / bins).long(), n - (above * steps / bins).long()
-    else:
-        shrink = ((1 - steps / bins) ** 2).to(data.x.dtype)
-        low = torch.searchsorted(data.x, data.x[:, :1] * shrink).minimum(below)
-        high = torch.searchsorted(data.x, data.x[:, -1:] * shrink, right=True).maximum(n - above)
-        low = torch.where(below <= bins, torch.minimum(steps.long(), below), low)
-        high = torch.where(above <= bins, n - torch.minimum(steps.long(), above), high)
-        low[:, -1:], high[:, -1:] = below, n - above
+    ranks = bins if by_rank else bins // 2
+    shares = torch.arange(1, ranks + 1, dtype=torch.float64, device=data.x.device) / max(ranks, 1)
+    steps = torch.arange(bins - ranks + 1, dtype=data.x.dtype, device=data.x.device) / max(bins - ranks, 1)
+    shrink = (1 - steps) ** 2
+    far = torch.searchsorted(data.x, data.x[:, :1] * shrink).minimum(below)
+    low = torch.cat(((below * shares).long(), far), dim=1).sort(dim=1).values
+    far = torch.searchsorted(data.x, data.x[:, -1:] * shrink, right=True).maximum(n - above)
+    high = torch.cat((n - (above * shares).long(), far), dim=1).sort(dim=1, descending=True).values
+    each = torch.arange(bins + 1, device=data.x.device)
+    low = torch.where(below <= bins, torch.minimum(each, below), low)
+    high = torch.where(above <= bins, n - torch.minimum(each, above), high)
+    low[:, 0], low[:, -1:], high[:, 0], high[:, -1:] = 0, below, n, n - above
     edges = torch.cat((-data.x.gather(1, low.clamp(max=n - 1)), data.x.gather(1, (high - 1).clamp(min=0))))
 
     def sums(cumulated: Tensor, sign: float) -> Tensor:
