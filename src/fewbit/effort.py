@@ -18,6 +18,7 @@ _OVERHEAD = (
 )
 _SHARE = 0.7  # of the time that learning may take; the rest passes data through
 _FEWEST, _MOST = 100, 4000  # steps a block: with fewer, GPTQ is as good; more win nothing
+_EPOCHS = 20  # of fine-tuning, at most
 _UNITS = {"": 1.0, "s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
 
@@ -32,14 +33,19 @@ def seconds(time: str | float | None) -> float:
 
 
 def strongest(
-    recipe: Recipe, gm: GraphModule, examples: tuple[Tensor, ...], has_data: bool, time: str | float | None
+    recipe: Recipe,
+    gm: GraphModule,
+    examples: tuple[Tensor, ...],
+    samples: int,
+    time: str | float | None,
 ) -> tuple[Recipe, str]:
     """The recipe with a rounding and a number of steps in the place of "best", and a sentence that says why.
 
-    Block reconstruction where data and time are enough, GPTQ where the time is not, HQQ or nearest codes without data.
+    Block reconstruction and fine-tuning where data and time are enough, GPTQ where the time is not, HQQ or nearest codes
+    without data. ``samples``: how many there are to learn from.
     """
     given = seconds(time)
-    if not has_data:
+    if not samples:
         rounding = "nearest" if recipe.weight_symmetric else "hqq"
         return dataclasses.replace(recipe, rounding=rounding), f"rounding: {rounding}, the best without data"
     step = _step_seconds(gm, examples) * _OVERHEAD
@@ -51,9 +57,14 @@ def strongest(
             f"rounding: gptq, since {given:.0f} s are enough for {steps} steps of reconstruction only",
         )
     rounding = "qdrop" if recipe.activations not in ("float", "dynamic") else "brecq"
-    steps = min(steps, _MOST)
-    found = dataclasses.replace(recipe, rounding=rounding, iterations=steps)
-    return found, f"rounding: {rounding} with {steps} steps a block, in about {steps * step / _SHARE:.0f} s"
+    epoch = samples / _BATCH  # in steps, which take as long for all blocks as for the network
+    epochs = min(_EPOCHS, int(steps / 2 / epoch))
+    steps = min(int(steps - epochs * epoch), _MOST)
+    found = dataclasses.replace(recipe, rounding=rounding, iterations=steps, finetune=epochs)
+    needed = (steps + epochs * epoch) * step / _SHARE
+    return found, (
+        f"rounding: {rounding} with {steps} steps a block and {epochs} epochs of fine-tuning, in about {needed:.0f} s"
+    )
 
 
 def _step_seconds(gm: GraphModule, examples: tuple[Tensor, ...]) -> float:

@@ -11,7 +11,7 @@ from fewbit.errors import CalibrationError, DataError
 from fewbit.finetune import finetune
 from fewbit.reconstruct import Task, reconstruct, reconstructs
 
-_FEW, _MOST = 256, 4096  # samples
+FEW, USUAL, MOST = 256, 1024, 4096  # samples
 
 
 def learn_on(
@@ -50,11 +50,11 @@ def _samples(task: Task, batches: Batches | None, facts: Facts) -> tuple[Tensor,
     parts: list[tuple[Tensor, ...]] = []
     for inputs, _ in batches:
         parts.append(inputs)
-        if sum(len(part[0]) for part in parts) >= _MOST:
+        if sum(len(part[0]) for part in parts) >= MOST:
             break
-    samples = tuple(torch.cat(tensors)[:_MOST] for tensors in zip(*parts, strict=True))
-    if len(samples[0]) < _FEW:
+    samples = tuple(torch.cat(tensors)[:MOST] for tensors in zip(*parts, strict=True))
+    if len(samples[0]) < FEW:
         facts.warnings.append(
-            f"{what} learns {len(samples[0])} samples by heart: give at least {_FEW}; 1,024 are usual"
+            f"{what} learns {len(samples[0])} samples by heart: give at least {FEW}; 1,024 are usual"
         )
     return samples

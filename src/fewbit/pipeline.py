@@ -14,7 +14,7 @@ from fewbit.data import Batches, as_batches
 from fewbit.edges import with_edges
 from fewbit.effort import BEST, strongest
 from fewbit.errors import CalibrationError, DataError, ModelError, RecipeError
-from fewbit.learning import learn_on
+from fewbit.learning import MOST, USUAL, learn_on
 from fewbit.model.readers import as_module
 from fewbit.model.simulate import QuantizedModel, insert_dynamic, insert_quantizer
 from fewbit.model.sites import QUANTIZERS, WEIGHTED, Placement, find_sites, place
@@ -86,7 +86,7 @@ def quantize(
     gm = normalised(module, examples, chosen)
     notes = []
     if chosen.rounding == BEST:
-        chosen, note = strongest(chosen, gm, examples, batches is not None, time)
+        chosen, note = strongest(chosen, gm, examples, _count(batches), time)
         notes.append(note)
     elif time is not None:
         raise RecipeError(
@@ -123,7 +123,7 @@ def plan(
     examples = (example,) if isinstance(example, Tensor) else tuple(example)
     gm = normalised(_module(model, examples), examples, chosen)
     if chosen.rounding == BEST:
-        chosen, _ = strongest(chosen, gm, examples, chosen.activations not in ("float", "dynamic"), None)
+        chosen, _ = strongest(chosen, gm, examples, USUAL, None)
     return _planned(gm, chosen, target)[1]
 
 
@@ -139,6 +139,13 @@ def _module(model: object, examples: tuple[Tensor, ...] | None) -> nn.Module:
     if isinstance(model, QuantizedModel):
         raise ModelError("the model is quantized already; quantize the float model it came from")
     return as_module(model, examples)
+
+
+def _count(batches: Batches | None) -> int:
+    """How many samples there are to learn from; the usual number where the data does not tell."""
+    if batches is None:
+        return 0
+    return USUAL if batches.length is None else min(batches.length * len(batches.peek()[0][0]), MOST)
 
 
 def _meta(module: nn.Module) -> dict[str, Any]:
