@@ -82,6 +82,21 @@ def test_many_rows_are_clustered_as_each_alone():
     assert float((found / best).max()) < 1.05
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_rows_are_clustered_by_a_histogram_as_well(kind, monkeypatch):
+    """The same values as by sorting, but for what a cell of the histogram is wide; with weights and without."""
+    rows = samples(kind, 3, 5000)
+    weights = torch.rand(3, 5000, generator=torch.Generator().manual_seed(1))
+    expected = [
+        distortion(rows, cluster(rows, 8, w), weights if w is not None else 1) for w in (None, weights)
+    ]
+    monkeypatch.setattr(clustering, "_LONG", 4999)
+    monkeypatch.setattr(clustering, "_CELLS", 1024)
+    for w, best in zip((None, weights), expected, strict=True):
+        found = distortion(rows, cluster(rows, 8, w), weights if w is not None else 1)
+        assert torch.allclose(found, best, rtol=2e-3, atol=1e-4)
+
+
 def test_where_tables_would_be_too_large_the_density_is_the_start(monkeypatch):
     rows, ones = samples("laplace", 3, 1000), torch.ones(1000)
     monkeypatch.setattr(clustering, "_WORK", 1)

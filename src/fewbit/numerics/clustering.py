@@ -152,9 +152,9 @@ class _Sides:
 
 
 def _sides(data: _Sorted, bins: int, by_rank: bool) -> _Sides:
-    """Both sides in bins of equally many numbers; unless `by_rank`, half of the bins' ends lie ever closer to zero.
+    """Both sides in bins of equal weight; unless `by_rank`, half of the bins' ends lie ever closer towards zero.
 
-    Equally many numbers suit densities with narrow humps; narrowing towards zero suits outliers.
+    Equal weights suit densities with narrow humps; narrowing towards zero suits outliers.
     """
     n, zero = data.x.shape[1], data.x.new_zeros(len(data.x), 1)
     below = torch.searchsorted(data.x, zero)
@@ -164,9 +164,12 @@ def _sides(data: _Sorted, bins: int, by_rank: bool) -> _Sides:
     steps = torch.arange(bins - ranks + 1, dtype=data.x.dtype, device=data.x.device) / max(bins - ranks, 1)
     shrink = (1 - steps) ** 2
     far = torch.searchsorted(data.x, data.x[:, :1] * shrink).minimum(below)
-    low = torch.cat(((below * shares).long(), far), dim=1).sort(dim=1).values
+    mass = data.weight.gather(1, below) * shares
+    low = torch.cat((torch.searchsorted(data.weight, mass).minimum(below), far), dim=1).sort(dim=1).values
     far = torch.searchsorted(data.x, data.x[:, -1:] * shrink, right=True).maximum(n - above)
-    high = torch.cat((n - (above * shares).long(), far), dim=1).sort(dim=1, descending=True).values
+    mass = data.weight[:, -1:] * (1 - shares) + data.weight.gather(1, n - above) * shares
+    near = torch.searchsorted(data.weight, mass, right=True) - 1
+    high = torch.cat((near.maximum(n - above), far), dim=1).sort(dim=1, descending=True).values
     each = torch.arange(bins + 1, device=data.x.device)
     low = torch.where(below <= bins, torch.minimum(each, below), low)
     high = torch.where(above <= bins, n - torch.minimum(each, above), high)
