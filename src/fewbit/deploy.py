@@ -197,9 +197,9 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 def _weights(op: Op) -> str:
     """An operation's weights in a few words, as far as the file says."""
-    scheme = op.attrs.get("schemes", {}).get("weight")
-    if scheme is not None:
-        return f"{scheme['format']} {tuple(op.attrs['shapes']['weight'])}"
+    stored, shapes = op.attrs.get("schemes"), op.attrs.get("shapes")
+    if isinstance(stored, dict) and isinstance(shapes, dict) and isinstance(stored.get("weight"), dict):
+        return f"{stored['weight'].get('format')!s:.40} {tuple(shapes.get('weight', ()))!s:.80}"
     if op.domain != "integer" or "weight" not in op.constants:
         return ""
     powers = ", zero or powers of two" if op.attrs.get("shifts") else ""

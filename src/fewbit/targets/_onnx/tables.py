@@ -188,6 +188,8 @@ def _scales(builder: Builder, q: QTensor, name: str) -> str:
     """Scales, one per row; as bytes and a table of scales where there are few, as in the microscaling formats."""
     scale = q.scale.numpy().reshape(-1, 1)
     values, index = np.unique(scale, return_inverse=True)
+    if len(values) == 1:
+        return builder.scalar(values[0])
     if len(values) > _FEW or 4 * len(values) + len(scale) >= 4 * len(scale):
         return builder.constant(scale, f"{name}_scale")
     stored = builder.constant(index.astype(np.uint8).reshape(-1, 1), f"{name}_scale")
