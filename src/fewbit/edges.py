@@ -28,6 +28,16 @@ def with_edges(recipe: Recipe, gm: GraphModule, placement: Placement) -> Recipe:
     return dataclasses.replace(recipe, rules=(*rules, *recipe.rules))
 
 
+def answering(gm: GraphModule, placement: Placement) -> list[Node]:
+    """The integer nodes whose output the model returns and nothing else reads."""
+    returned = next(n for n in gm.graph.nodes if n.op == "output")
+    return [
+        n
+        for n, carrier in placement.carrier.items()
+        if n in placement.forms and set(carrier.users) == {returned}
+    ]
+
+
 def _ends(recipe: Recipe, gm: GraphModule, placement: Placement) -> Iterator[Rule]:
     """The first and the last layer with weights: their weights, what they read, and the last one's output."""
     layers = [n for n in gm.graph.nodes if n.op == "call_module" and _has_weights(n, gm)]

@@ -41,8 +41,8 @@ def strongest(
 ) -> tuple[Recipe, str]:
     """The recipe with a rounding and a number of steps in the place of "best", and a sentence that says why.
 
-    Block reconstruction and fine-tuning where data and time are enough, GPTQ where the time is not, HQQ or nearest codes
-    without data. ``samples``: how many there are to learn from.
+    Block reconstruction and fine-tuning where data and time are enough, GPTQ where the time is not, HQQ or nearest
+    codes without data. ``samples``: how many there are to learn from.
     """
     given = seconds(time)
     if not samples:

@@ -11,13 +11,13 @@ from torch.fx import GraphModule
 
 from fewbit.calibrate import CalibrationWarning, Facts, calibrate_activations, clipping_warnings, site_name
 from fewbit.data import Batches, as_batches
-from fewbit.edges import with_edges
+from fewbit.edges import answering, with_edges
 from fewbit.effort import BEST, strongest
 from fewbit.errors import CalibrationError, DataError, ModelError, RecipeError
 from fewbit.learning import MOST, USUAL, learn_on
 from fewbit.model.readers import as_module
 from fewbit.model.simulate import QuantizedModel, insert_dynamic, insert_quantizer
-from fewbit.model.sites import QUANTIZERS, WEIGHTED, Placement, find_sites, place
+from fewbit.model.sites import QUANTIZERS, WEIGHTED, Placement, find_sites, layer_name, place
 from fewbit.model.ties import separate_ties
 from fewbit.normalise import adapted_to_data, corrected, normalised
 from fewbit.observers import observer_names
@@ -145,7 +145,7 @@ def _count(batches: Batches | None) -> int:
     """How many samples there are to learn from; the usual number where the data does not tell."""
     if batches is None:
         return 0
-    return USUAL if batches.length is None else min(batches.length * len(batches.peek()[0][0]), MOST)
+    return USUAL if batches.samples is None else min(batches.samples, MOST)
 
 
 def _meta(module: nn.Module) -> dict[str, Any]:
@@ -154,6 +154,13 @@ def _meta(module: nn.Module) -> dict[str, Any]:
 
 def _planned(gm: GraphModule, recipe: Recipe, target: str) -> tuple[Placement, Plan]:
     placement = place(gm, recipe.mode, recipe.decoded)
+    if recipe.outputs == "float":
+        last = {layer_name(n) for n in answering(gm, placement)}
+        placement = place(
+            gm,
+            lambda layer, op: "weight-only" if layer in last else recipe.mode(layer, op),
+            recipe.decoded,
+        )
     recipe = with_edges(recipe, gm, placement)
     resolved = without_statistics(resolve(recipe, find_sites(gm, placement)), gm)
     nodes = (*placement.forms.items(), *placement.dynamic.items())

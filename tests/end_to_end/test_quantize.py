@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -234,3 +235,16 @@ def test_the_simulation_adds_the_biases_of_the_program(small: nn.Module, images:
         unit = program.codings[op.inputs[0]].scale * op.constants["weight_scale"].double()
         steps = quantized.graph.get_submodule(op.layer).bias.double() / unit
         assert (steps - op.constants["bias"]).abs().max() < 1e-3
+
+
+def test_float_outputs_come_from_a_last_layer_that_computes_in_float(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
+    x = torch.randn(64, 3, 8, 8)
+    quantized = fewbit.quantize(model, x, outputs="float", progress=False)
+    assert quantized.plan.row("3.output").scheme is None and quantized.plan.row("3.weight").scheme is not None
+    with torch.no_grad():
+        assert quantized(x).unique().numel() > 300  # of 320: no codes
+    artifact = fewbit.export(quantized, tmp_path / "m.onnx")
+    kernels = {kernel.layer: kernel.integer for kernel in artifact.verification.kernels}
+    assert kernels == {"0": True}
