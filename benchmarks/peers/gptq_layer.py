@@ -99,17 +99,22 @@ def nncf(weight: Tensor, tokens: Tensor, group: int | None) -> Tensor:
     return torch.from_numpy(rows.T.copy())
 
 
-def fewbit(weight: Tensor, tokens: Tensor, group: int | None, observer: str = "minmax") -> Tensor:
-    """Ours, as the others: second moments, ranges, rounding."""
+def fewbit(weight: Tensor, tokens: Tensor, group: int | None, observer: str = "mse") -> Tensor:
+    """Ours, as the others: second moments, ranges (of least squared error), rounding."""
     from fewbit.numerics import Scheme
     from fewbit.observers import make_observer
     from fewbit.rounding import round_weight
 
     scheme = Scheme("int4", "group" if group else "channel", group_size=group)
     hessian = tokens.T @ tokens / len(tokens)
-    importance = hessian.diagonal().expand(weight.shape)
-    lo, hi = make_observer(observer, scheme).bounds_of(weight, {"importance": importance})
+    importance = {"importance": hessian.diagonal().expand(weight.shape)} if observer == "importance" else {}
+    lo, hi = make_observer(observer, scheme).bounds_of(weight, importance)
     return round_weight("gptq", weight, scheme, lo, hi, {"hessian": hessian}).dequantize()
+
+
+def fewbit_minmax(weight: Tensor, tokens: Tensor, group: int | None) -> Tensor:
+    """Ours, with the weights' extremes as ranges."""
+    return fewbit(weight, tokens, group, "minmax")
 
 
 def fewbit_importance(weight: Tensor, tokens: Tensor, group: int | None) -> Tensor:
@@ -119,6 +124,7 @@ def fewbit_importance(weight: Tensor, tokens: Tensor, group: int | None) -> Tens
 
 PEERS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "fewbit": (fewbit, "fewbit"),
+    "fewbit, minmax": (fewbit_minmax, "fewbit"),
     "fewbit, importance": (fewbit_importance, "fewbit"),
     "llm-compressor": (llmcompressor, "llmcompressor"),
     "neural-compressor": (neural_compressor, "neural-compressor-pt"),
