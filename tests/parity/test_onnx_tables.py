@@ -83,7 +83,6 @@ class Several(nn.Module):
     "recipe",
     [
         {"weights": "codebook3", "granularity": "group", "group_size": 16},
-        {"weights": "nf4", "granularity": "tensor"},
         {"weights": "nvfp4"},
     ],
     ids=lambda recipe: "-".join(map(str, recipe.values())),
