@@ -48,6 +48,10 @@ PEERS = {
     "modelopt-onnx": Peer("ModelOpt (onnx)", "modelopt_onnx"),
     "openvino": Peer("NNCF -> OpenVINO", "nncf_openvino"),
     "xnnpack": Peer("ExecuTorch XNNPACK", "xnnpack"),
+    "brevitas-gptq": Peer("Brevitas GPTQ", "brevitas_cnn", ("gptq",)),
+    "brevitas-learned": Peer("Brevitas learned rounding", "brevitas_cnn", ("learned",)),
+    "aimet-seqmse": Peer("AIMET SeqMSE", "aimet_few_bits", ("seqmse",)),
+    "aimet-adaround": Peer("AIMET AdaRound", "aimet_few_bits", ("adaround",)),
 }
 
 
@@ -62,9 +66,11 @@ class Bench:
     weights: Path
 
     @classmethod
-    def prepare(cls, name: str, *, calibration: int = 512, test: int | None = None, seed: int = 0) -> "Bench":
-        """Writes float.onnx, weights and the arrays into build/benchmarks/<name>. Raises data.NoData."""
-        folder = data.BUILD / name
+    def prepare(
+        cls, name: str, *, calibration: int = 512, test: int | None = None, seed: int = 0, into: str = ""
+    ) -> "Bench":
+        """Writes float.onnx, weights and the arrays into build/benchmarks/<into or name>. Raises data.NoData."""
+        folder = data.BUILD / (into or name)
         task = data.task(models.CASES[name].data, calibration=calibration, test=test, seed=seed)
         file, weights = float_onnx.cached(name, task.inputs, folder)
         np.save(folder / "calibration.npy", task.calibration)
@@ -101,14 +107,30 @@ class Bench:
 
     def peer_row(self, key: str, threads: int = 2, limit: float = 900) -> Row:
         """Runs one peer in its own process and environment; a failure becomes a row that says so."""
-        peer, out = PEERS[key], self.folder / key
+        label, out = PEERS[key].label, self.folder / key
+        result = self.ask(key, out, threads=threads, limit=limit)
+        if "error" in result:
+            return {"name": label, **result}
+        more = {k: result[k] for k in ("simulation_sqnr_db", "seconds", "versions", "notes") if k in result}
+        row = self.row(label, Path(result["file"]), np.load(out / "outputs.npy", allow_pickle=False), **more)
+        return row | {"bytes": result["bytes"]}
+
+    def ask(
+        self, key: str, out: Path, more: Sequence[str] = (), *, threads: int = 2, limit: float = 900
+    ) -> dict[str, Any]:
+        """The result.json of one peer run in its own process, with `more` arguments; {"error": why} if it failed.
+
+        What the peer answered on the test inputs lies in outputs.npy of the folder `out`.
+        """
+        peer = PEERS[key]
         command = [
             PEERS_PYTHON, HERE / "peers" / f"{peer.script}.py", "--model", self.name, "--out", out,
             "--float", self.float_file, "--weights", self.weights, "--inputs", self.folder / "inputs.npy",
             "--calibration", self.folder / "calibration.npy", *(f"--option={name}" for name in peer.options),
+            *more,
         ]  # fmt: skip
         if not PEERS_PYTHON.exists():
-            return {"name": peer.label, "error": "no .venv-peers; see peers-requirements.txt"}
+            return {"error": "no .venv-peers; see peers-requirements.txt"}
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
         try:
             done = subprocess.run(
@@ -119,16 +141,12 @@ class Bench:
                 env=environment,
             )
         except subprocess.TimeoutExpired:
-            return {"name": peer.label, "error": f"not finished after {limit:.0f} s"}
+            return {"error": f"not finished after {limit:.0f} s"}
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
-            return {"name": peer.label, "error": (lines or [f"exit code {done.returncode}"])[-1][:300]}
-        result = json.loads((out / "result.json").read_text())
-        more = {k: result[k] for k in ("simulation_sqnr_db", "seconds", "versions", "notes") if k in result}
-        row = self.row(
-            peer.label, Path(result["file"]), np.load(out / "outputs.npy", allow_pickle=False), **more
-        )
-        return row | {"bytes": result["bytes"]}
+            return {"error": (lines or [f"exit code {done.returncode}"])[-1][:300]}
+        result: dict[str, Any] = json.loads((out / "result.json").read_text())
+        return result
 
     def add_latency(self, rows: Sequence[Row], threads: int, seconds: float = 15.0) -> None:
         """Times the rows' files beside each other in one process and writes the figures into the rows.

@@ -18,7 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 @dataclass(frozen=True)
 class Request:
-    """What to quantize: a float ONNX file, and the same network as a named module with its weights."""
+    """What to quantize: a float ONNX file, and the same network as a named module with its weights.
+
+    `bits` of weights and activations, the first and last layer's always 8; `iterations` of a peer that learns, None
+    for its default. Only peers of few_bits.py look at these and at `seed`.
+    """
 
     model: str
     float_onnx: Path
@@ -27,6 +31,9 @@ class Request:
     inputs: np.ndarray
     out: Path
     options: frozenset[str]
+    bits: tuple[int, int] = (8, 8)
+    seed: int = 0
+    iterations: int | None = None
 
     def module(self) -> Any:
         """The float torch module in eval mode."""
@@ -37,9 +44,12 @@ class Request:
 
 @dataclass
 class Answer:
-    """What a peer made: the deployable file, its runtime, that runtime's outputs, the simulation's if any."""
+    """What a peer made: the deployable file, its runtime, that runtime's outputs, the simulation's if any.
 
-    file: Path
+    Without a file the runtime is the peer's own simulation.
+    """
+
+    file: Path | None
     runtime: str
     outputs: np.ndarray
     simulated: np.ndarray | None = None
@@ -58,6 +68,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", required=True, type=Path, help="folder for the file, outputs.npy and result.json"
     )
+    parser.add_argument("--bits", type=int, nargs=2, default=(8, 8), help="of weights and of activations")
+    parser.add_argument("--seed", type=int, default=0, help="of the peer's random choices")
+    parser.add_argument("--iterations", type=int, help="of a peer that learns")
     parser.add_argument("--option", action="append", default=[], help="a variant that the peer knows")
     return parser.parse_args()
 
@@ -69,17 +82,18 @@ def serve(peer: Callable[[Request], Answer], packages: list[str]) -> None:
     request = Request(
         args.model, args.float, args.weights, np.load(args.calibration, allow_pickle=False),
         np.load(args.inputs, allow_pickle=False), args.out, frozenset(args.option),
+        tuple(args.bits), args.seed, args.iterations,
     )  # fmt: skip
     started = time.perf_counter()
     answer = peer(request)
     result: dict[str, Any] = {
-        "file": str(answer.file),
         "runtime": answer.runtime,
-        "bytes": size(answer.file),
         "seconds": round(time.perf_counter() - started, 1),
         "versions": {name: version(name) for name in packages},
         "notes": answer.notes,
     }
+    if answer.file is not None:
+        result |= {"file": str(answer.file), "bytes": size(answer.file)}
     np.save(args.out / "outputs.npy", answer.outputs)
     if answer.simulated is not None:
         np.save(args.out / "simulated.npy", answer.simulated)
