@@ -172,6 +172,24 @@ def rows_range(w, scheme):
     return rows.amin(dim=1), rows.amax(dim=1)
 
 
+def test_a_shared_table_serves_the_channels_whose_errors_count():
+    """One channel is a thousand times as large as the others and has four values: the table must be these."""
+    w = samples("gauss", 32, 64)
+    w[5] = 1000 * torch.tensor([-1.0, -0.4, 0.0, 0.7]).repeat(16)
+    scheme = Scheme("codebook2_shared", "channel")
+    error = (round_weight("kmeans", w, scheme, *rows_range(w, scheme)).dequantize() - w).square()
+    assert float(error[5].mean()) < 1.0
+    assert float(error.mean()) < 1.0
+
+
+def test_the_odd_value_of_a_density_is_on_the_side_that_reaches_further():
+    x = samples("laplace", 2, 1000)
+    x[0, 0], x[1, 0] = 30.0, -30.0
+    values = fit_density(x, 4)
+    assert (values > 0).sum(dim=1).tolist() == [2, 1]
+    assert (values < 0).sum(dim=1).tolist() == [1, 2]
+
+
 @pytest.mark.parametrize("rounding", ["kmeans", "lloyd_max"])
 @pytest.mark.parametrize("name", ["codebook2", "codebook2_shared"])
 def test_blocks_without_variance_and_dead_ones_work(rounding, name):
