@@ -196,23 +196,23 @@ class _Meter:
                     self.divergence[layer.site, name] += float((before.exp() * (before - after)).sum())
 
     def _differentiate(self, inputs: tuple[Tensor, ...], generator: torch.Generator) -> None:
-        """Hutchinson in the space of outputs: E (J^T B z)^2 is the diagonal of J^T S J, where B B^T = S.
+        """Hutchinson in the space of outputs: E (J^T sqrt(p) z)^2 is the diagonal of J^T diag(p) J, z random signs.
 
-        J is the Jacobian of all samples' logits, z random signs, and S = diag(p) - p p^T the Hessian of the cross
-        entropy at the logits. One backward pass serves all layers, and no second derivatives are needed.
+        J is the Jacobian of all samples' log probabilities, so that this is the Fisher information and, with the
+        model's own predictions as labels, the Hessian of the cross entropy. One backward pass serves all layers, and
+        no second derivatives are needed.
         """
         for layer in self.layers:
             layer.weight.requires_grad_(True)
         with torch.enable_grad():
-            logits = _log_probabilities(_outputs(self.gm(*inputs))[0], "hessian and fisher")
-        p = logits.detach().exp()
+            log_p = _log_probabilities(_outputs(self.gm(*inputs))[0], "hessian and fisher")
+        p = log_p.detach().exp()
         weights = [layer.weight for layer in self.layers]
         for probe in range(self.probes):
             z = torch.randint(0, 2, p.shape, generator=generator).to(p.dtype) * 2 - 1
-            direction = p.sqrt() * z - p * (p.sqrt() * z).sum(-1, keepdim=True)
             again = probe + 1 < self.probes
             gradients = torch.autograd.grad(
-                logits, weights, direction, retain_graph=again, materialize_grads=True
+                log_p, weights, p.sqrt() * z, retain_graph=again, materialize_grads=True
             )
             for layer, gradient in zip(self.layers, gradients, strict=True):
                 diagonal = gradient.double().square() / self.probes
