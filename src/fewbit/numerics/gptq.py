@@ -51,7 +51,7 @@ def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
     """
     diagonal = hessian.diagonal()
     order = diagonal.argsort(stable=True)
-    permuted = hessian[order][:, order].to(torch.float64)
+    permuted = hessian.index_select(0, order).index_select(1, order).to(torch.float64)
     mean = float(diagonal.to(torch.float64).mean())
     if not bool(torch.isfinite(permuted.sum())):
         raise CalibrationError(
@@ -95,19 +95,31 @@ def round_inputs(weight: Tensor, factored: Factor, nearest: Nearest) -> tuple[Te
                 torch.sub(weight[i], rounded[i], out=error[i])
                 goal -= rounded[i]
         goals *= steps[low:top].unsqueeze(1)
-        loss += torch.linalg.vector_norm(goals, dim=0).to(torch.float64).square_()
+        loss += goals.square_().sum(dim=0, dtype=torch.float64)
     return rounded, loss - damped_away(error, factored)
 
 
-def losses(error: Tensor, factored: Factor) -> Tensor:
-    """e^T H e of each output, without the damping's share: float64 [O], of errors [I, O] in order."""
-    total = error.new_zeros(error.shape[1], dtype=torch.float64)
-    for low in range(0, len(error), _BLOCK):
-        part = factored.lower[low:, low : low + _BLOCK].T @ error[low:]
-        total += torch.linalg.vector_norm(part, dim=0).to(torch.float64).square_()
-    return total - damped_away(error, factored)
+def losses(error: Tensor, factored: Factor, enough: Tensor | None = None) -> Tensor:
+    """e^T H e of each output, without the damping's share: float64 [O], of errors [I, O] in order.
+
+    enough: [O], where a loss beyond it need not be exact: it is then a lower bound that lies beyond it, too.
+    """
+    share = damped_away(error, factored)
+    total = -share
+    limit = torch.full_like(total, torch.inf) if enough is None else enough
+    some = torch.arange(len(total), device=error.device)
+    # Inputs with large second moments come first: their part of the loss is large, and cheap to compute.
+    for top in range(len(error), 0, -_BLOCK):
+        low = max(0, top - _BLOCK)
+        part = factored.lower[low:, low:top].T @ error[low:]
+        total[some] += part.square_().sum(dim=0, dtype=torch.float64)
+        still = total[some] <= limit[some]
+        if not bool(still.all()):
+            some, error = some[still], error[:, still]
+    return total
 
 
 def damped_away(error: Tensor, factored: Factor) -> Tensor:
     """What the damping adds to each output's loss: float64 [O]."""
-    return torch.linalg.vector_norm(error, dim=0).to(torch.float64).square_() * factored.damping
+    squares = [part.square().sum(dim=0, dtype=torch.float64) for part in error.split(_BLOCK)]
+    return torch.stack(squares).sum(dim=0) * factored.damping

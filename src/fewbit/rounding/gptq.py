@@ -41,58 +41,68 @@ def round(weight: Tensor, scheme: Scheme, lo: Tensor, hi: Tensor, statistics: Ma
             f"a Hessian of shape {tuple(hessian.shape)} does not belong to a weight of shape {tuple(weight.shape)}"
         )
 
-    def by_group(x: Tensor) -> Tensor:
-        """[groups, inputs, outputs of a group]."""
-        return x.reshape(groups, -1, inputs).to(hessian.dtype).mT
-
-    parts = (
-        weight.detach(),
-        plain.dequantize(),
-        *(_spread(x, plain) for x in (plain.scale, plain.zero_point)),
-    )
-    found = [_round(scheme, h, *group) for h, *group in zip(hessian, *map(by_group, parts), strict=True)]
-    values = torch.stack(found).mT.reshape(weight.shape).to(torch.float32)
+    size = len(weight) // groups
+    found = []
+    for group, moments in enumerate(hessian):
+        rows = slice(group * size, (group + 1) * size)
+        parts = (weight.detach()[rows], plain.dequantize()[rows] if groups > 1 else plain.dequantize())
+        factored = factor(moments)
+        ordered, simple = (
+            x.reshape(size, inputs).to(moments.dtype).T.contiguous().index_select(0, factored.order)
+            for x in parts
+        )
+        nearest = _quantizer(plain, rows, inputs, factored.order.tolist(), moments.dtype)
+        rounded, loss = round_inputs(ordered, factored, nearest)
+        worse = loss > losses(ordered - simple, factored, loss)
+        rounded[:, worse] = simple[:, worse]
+        found.append(rounded.index_select(0, factored.order.argsort()).T)
+    values = torch.cat(found).reshape(weight.shape).to(torch.float32)
     return replace(plain, codes=encode(values, plain.scale, plain.zero_point, scheme))
 
 
-def _round(
-    scheme: Scheme, hessian: Tensor, weight: Tensor, plain: Tensor, scale: Tensor, zero_point: Tensor
-) -> Tensor:
-    """Rounded weights [I, O] of outputs that share their inputs; weight and what follows are [I, O]."""
-    factored = factor(hessian)
-    weight, plain, scale, zero_point = (x[factored.order] for x in (weight, plain, scale, zero_point))
-    nearest = _integer(scale, zero_point, scheme) if scheme.spec.integer else _table(scale, scheme)
-    rounded, loss = round_inputs(weight, factored, nearest)
-    worse = loss > losses(weight - plain, factored)
-    rounded[:, worse] = plain[:, worse]
-    return rounded[factored.order.argsort()]
+def _quantizer(plain: QTensor, rows: slice, inputs: int, order: list[int], dtype: torch.dtype) -> Nearest:
+    """The nearest values of the weights of some outputs, one input after another, in the order of rounding."""
+    scheme = plain.scheme
+    scale, place = _by_input(plain.scale.to(dtype), plain, rows, inputs)
+    zero_point, _ = _by_input(plain.zero_point.to(dtype), plain, rows, inputs)
+    index = [place[i] for i in order]
+    return (_integer if scheme.spec.integer else _table)(scale, zero_point, index, scheme)
 
 
-def _integer(scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Nearest:
+def _by_input(per_block: Tensor, plain: QTensor, rows: slice, inputs: int) -> tuple[Tensor, list[int]]:
+    """A value per block as rows [any, outputs], and for each input the row that is its own."""
+    outputs, scheme = plain.shape[0], plain.scheme
+    if scheme.granularity == "tensor":
+        return per_block.expand(1, len(range(*rows.indices(outputs)))), [0] * inputs
+    if scheme.axis % len(plain.shape) == 0:
+        table = per_block.reshape(outputs, -1)[rows].T.contiguous()
+        return table, [i // (inputs // len(table)) for i in range(inputs)]
+    size = plain.codes.numel() // per_block.numel()
+    full = unblocks(per_block.reshape(-1, 1).expand(-1, size), plain.shape, scheme)
+    return full.reshape(outputs, inputs)[rows].T.contiguous(), list(range(inputs))
+
+
+def _integer(scale: Tensor, zero_point: Tensor, index: list[int], scheme: Scheme) -> Nearest:
     """The quantizer of an integer format. Rounding to an integer after clamping to integers is the same as before."""
     least, most = scheme.qmin - zero_point, scheme.qmax - zero_point
     # Adding this rounds to a whole number, ties to even. torch.round divides even 4,096 numbers among threads,
     # and then waits: up to a thousand times longer where the machine is busy.
     whole = 1.5 * 2.0 ** (52 if scale.dtype == torch.float64 else 23)
 
-    def nearest(x: Tensor, index: int) -> Tensor:
-        v = (x / scale[index]).clamp_(least[index], most[index])
-        return v.add_(whole).sub_(whole).mul_(scale[index])
+    def nearest(x: Tensor, place: int) -> Tensor:
+        row = index[place]
+        v = (x / scale[row]).clamp_(least[row], most[row])
+        return v.add_(whole).sub_(whole).mul_(scale[row])
 
     return nearest
 
 
-def _table(scale: Tensor, scheme: Scheme) -> Nearest:
-    """The quantizer of a format with values of its own."""
+def _table(scale: Tensor, zero_point: Tensor, index: list[int], scheme: Scheme) -> Nearest:
+    """The quantizer of a format with values of its own, which has no zero points."""
 
-    def nearest(x: Tensor, index: int) -> Tensor:
-        v = (x / scale[index]).clamp_(scheme.qmin, scheme.qmax)
-        return scheme.spec.nearest(v.to(torch.float32)) * scale[index]
+    def nearest(x: Tensor, place: int) -> Tensor:
+        row = index[place]
+        v = (x / scale[row]).clamp_(scheme.qmin, scheme.qmax)
+        return scheme.spec.nearest(v.to(torch.float32)) * scale[row]
 
     return nearest
-
-
-def _spread(per_block: Tensor, q: QTensor) -> Tensor:
-    """A value per block, for each weight: in the weight's shape."""
-    size = q.codes.numel() // per_block.numel()
-    return unblocks(per_block.reshape(-1, 1).expand(-1, size), q.shape, q.scheme)
