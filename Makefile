@@ -12,7 +12,7 @@ export FEWBIT_DATA ?= $(abspath ../shared/data)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCHMARKS ?= accuracy exactness speed probe litert targets readers
+BENCHMARKS ?= accuracy exactness speed probe litert targets readers clustering
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 

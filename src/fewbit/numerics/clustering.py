@@ -164,11 +164,12 @@ def _sides(data: _Sorted, bins: int, by_rank: bool) -> _Sides:
     steps = torch.arange(bins - ranks + 1, dtype=data.x.dtype, device=data.x.device) / max(bins - ranks, 1)
     shrink = (1 - steps) ** 2
     far = torch.searchsorted(data.x, data.x[:, :1] * shrink).minimum(below)
-    mass = data.weight.gather(1, below) * shares
-    low = torch.cat((torch.searchsorted(data.weight, mass).minimum(below), far), dim=1).sort(dim=1).values
+    weight = data.weight.contiguous()  # rows that count their numbers share one memory
+    mass = weight.gather(1, below) * shares
+    low = torch.cat((torch.searchsorted(weight, mass).minimum(below), far), dim=1).sort(dim=1).values
     far = torch.searchsorted(data.x, data.x[:, -1:] * shrink, right=True).maximum(n - above)
-    mass = data.weight[:, -1:] * (1 - shares) + data.weight.gather(1, n - above) * shares
-    near = torch.searchsorted(data.weight, mass, right=True) - 1
+    mass = weight[:, -1:] * (1 - shares) + weight.gather(1, n - above) * shares
+    near = torch.searchsorted(weight, mass, right=True) - 1
     high = torch.cat((near.maximum(n - above), far), dim=1).sort(dim=1, descending=True).values
     each = torch.arange(bins + 1, device=data.x.device)
     low = torch.where(below <= bins, torch.minimum(each, below), low)
