@@ -97,10 +97,14 @@ STATISTICS = frozenset()
 RANDOM = True
 
 
+def accepts(spec):
+    return spec.integer
+
+
 def round(weight, scheme, lo, hi, statistics):
     scale, zero_point = qparams(lo, hi, scheme)
     v = blocks(weight, scheme) / scale.reshape(-1, 1)
-    noise = torch.rand(v.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(v.shape, generator=torch.Generator().manual_seed(statistics.get("seed", 0)))
     # A number within a float32 rounding error of the grid is on it.
     nearest = v.round()
     down = torch.where((v - nearest).abs() < 1e-4, nearest, (v + noise).floor())
