@@ -188,7 +188,8 @@ class Network:
                 weights=weights, activations="float", weight_observer="mse", ends="int8", progress=False,
             )  # fmt: skip
             seconds = time.perf_counter() - started
-            inner = [q for q in quantized.qtensors.values() if q.scheme.format == weights]
+            coded = [quantized.qtensors[layer] for layer in quantized.qtensors.names()]
+            inner = [q for q in coded if q.scheme.format == weights]
             bits = 8 * sum(q.nbytes for q in inner) / sum(q.codes.numel() for q in inner)
             accuracy = bench.accuracy(ours.simulate(quantized, bench.task.inputs))
             return {"accuracy": accuracy, "seconds": seconds, "bits_per_weight": bits}
