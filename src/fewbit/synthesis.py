@@ -32,7 +32,7 @@ from fewbit.progress import shown
 
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CLASS_WEIGHT = 0.01  # more makes confident pictures whose statistics are wrong, and then the ranges are too
-RATE = 0.07  # Adam's step, in units of the inputs' own spread
+RATE = 0.2  # Adam's step, in units of the inputs' own spread
 LEAST_CONFIDENCE = 0.8  # labels are soft, so that some inputs are easy and some are not
 _KEY = "fewbit.synthesis"
 
