@@ -241,7 +241,7 @@ def _learn(
         given = [q[chosen] for q in quantized]
         if drops:
             given = [
-                torch.where(coin_flips(q.shape, generator), f[chosen], q)
+                torch.where(coin_flips(q.shape, generator).to(q.device), f[chosen], q)
                 for q, f in zip(given, exact, strict=True)
             ]
         loss = _loss(learned.module(*given), [e[chosen] for e in expected])
