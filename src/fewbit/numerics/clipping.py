@@ -13,11 +13,11 @@ _STEPS_ONE = 48  # down to 0.0005 of the range
 _SHRINK_TWO = 0.62  # and where two bounds move
 _STEPS_TWO = 16
 _STEPS_AT_ONCE = 12
-_ROUNDS = 4  # of refinement, each 3 times finer
+_ROUNDS = 4
 
 
 def search_clipping(
-    loss: Loss, lo: Tensor, hi: Tensor, symmetric: bool, hopeless: float = torch.inf
+    loss: Loss, lo: Tensor, hi: Tensor, symmetric: bool, hopeless: float = torch.inf, rounds: int = _ROUNDS
 ) -> tuple[Tensor, Tensor]:
     """The bounds within lo..hi that give each block its least loss; of equal losses, the widest range wins.
 
@@ -30,6 +30,7 @@ def search_clipping(
         lo, hi: float32 [C], extremes, with lo <= 0 <= hi.
         symmetric: whether only max(|lo|, |hi|) matters.
         hopeless: where all blocks lose so many times their least loss, still narrower ranges are not tried.
+        rounds: of refinement, each 3 times finer.
 
     Returns:
         lo, hi: float64 [C].
@@ -51,7 +52,7 @@ def search_clipping(
     fine = torch.arange(3, -4, -1, dtype=torch.float64, device=lo.device)
     best = torch.ones(lo.numel(), 2, dtype=torch.float64, device=lo.device)
     least = torch.full_like(lo, torch.inf)
-    for turn in range(_ROUNDS + 1):
+    for turn in range(rounds + 1):
         spread = grid if turn == 0 else shrink ** (-fine / 3.0**turn)
         factors = torch.stack((spread, spread), 1) if single else torch.cartesian_prod(spread, spread)
         # The grid is tried from wide to narrow, until it is hopeless for all blocks.

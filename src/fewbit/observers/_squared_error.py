@@ -15,6 +15,7 @@ from fewbit.observers import HistogramObserver
 _GOLDEN = 0.6180339887498949
 _CELLS = 2**18  # candidates times numbers evaluated at a time: what fits into a core's cache
 _HOPELESS = 20.0  # times the least error: where clipping costs that, clipping more costs more
+_ROUNDS = 2  # of refinement for weights: to 2 % of the range
 _LARGE = 2**15  # numbers in a block from which a histogram says enough about it
 
 
@@ -46,7 +47,8 @@ class SquaredErrorObserver(HistogramObserver):
         weights = torch.ones_like(rows) if importance is None else blocks(importance.to(rows), self.scheme)
         least, most = self.observed()
         loss = squared_error(rows, weights, self.scheme)
-        ends = search_clipping(loss, least.clamp(max=0), most.clamp(min=0), self.scheme.symmetric, _HOPELESS)
+        lo, hi = least.clamp(max=0), most.clamp(min=0)
+        ends = search_clipping(loss, lo, hi, self.scheme.symmetric, _HOPELESS, _ROUNDS)
         return self._limited(*ends)
 
     def _points(self) -> Tensor:
