@@ -51,6 +51,7 @@ PEERS = {
     "brevitas-gptq": Peer("Brevitas GPTQ", "brevitas_cnn", ("gptq",)),
     "brevitas-learned": Peer("Brevitas learned rounding", "brevitas_cnn", ("learned",)),
     "aimet-seqmse": Peer("AIMET SeqMSE", "aimet_few_bits", ("seqmse",)),
+    "nncf-few-bits": Peer("NNCF, its NPU target", "nncf_few_bits"),
     "aimet-adaround": Peer("AIMET AdaRound", "aimet_few_bits", ("adaround",)),
 }
 

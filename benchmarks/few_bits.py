@@ -23,7 +23,8 @@ import fewbit
 
 CALIBRATION = 1024
 STORE = data.BUILD / "few_bits.json"
-PEERS = ["brevitas-gptq", "brevitas-learned", "aimet-seqmse", "aimet-adaround"]
+PEERS = ["brevitas-gptq", "brevitas-learned", "aimet-seqmse", "aimet-adaround", "nncf-few-bits"]
+ONLY = {"nncf-few-bits": {"w4a4", "w4a8"}}  # the settings of peers that do not take every width
 MINUTES, CORES = 6, 4  # what the reconstruction of ResNet-20 may take, and on how many cores
 Record = dict[str, Any]
 
@@ -208,7 +209,8 @@ def measured(network: Network, keys: Iterable[str]) -> list[Record]:
             "setting": SETTINGS[key], "accuracy": mean(found), "found": found, "peers": {}, "errors": {},
             "seconds": mean(run["seconds"] for run in runs.values()), "onnx": runs[seeds[0]].get("onnx_accuracy"),
         }  # fmt: skip
-        for peer in [] if SETTINGS[key].synthetic else args.peers:
+        able = [peer for peer in args.peers if key in ONLY.get(peer, SETTINGS)]
+        for peer in [] if SETTINGS[key].synthetic else able:
             asked = {s: network.peer(peer, key, s) for s in seeds if s in args.peer_seeds}
             answered = {s: run["accuracy"] for s, run in asked.items() if "error" not in run}
             if answered:
