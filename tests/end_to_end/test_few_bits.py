@@ -202,3 +202,20 @@ def test_too_few_samples_are_said_so() -> None:
         quantized((x for x in IMAGES.split(64)), recipe="w4a8", iterations=2, finetune=0)
     with pytest.raises(CalibrationError, match="rounding 'brecq' needs calibration data"):
         fewbit.quantize(NETWORK, example=IMAGES[:2], weights="int4", activations="float", rounding="brecq")
+
+
+def test_dead_channels_and_a_block_without_any_output_are_no_obstacle() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    ).eval()
+    with torch.no_grad():
+        model[0].weight[1] = 0
+        model[2].weight.zero_()
+        model[2].bias.fill_(-1.0)  # the block gives zeros only
+    for rounding in ("qdrop", "adaround", "gptq"):
+        q = fewbit.quantize(
+            model, IMAGES, recipe="w4a4", rounding=rounding, iterations=5, finetune=1, progress=False
+        )
+        assert bool(torch.isfinite(q(TEST)).all())
+        torch.testing.assert_close(q(TEST), model(TEST), rtol=0, atol=0.05)
