@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -22,7 +23,6 @@ import torch
 import fewbit
 
 CALIBRATION = 1024
-STORE = data.BUILD / "few_bits.json"
 PEERS = ["brevitas-gptq", "brevitas-learned", "aimet-seqmse", "aimet-adaround", "nncf-few-bits"]
 ONLY = {"nncf-few-bits": {"w4a4", "w4a8"}}  # the settings of peers that do not take every width
 MINUTES, CORES = 6, 4  # what the reconstruction of ResNet-20 may take, and on how many cores
@@ -55,8 +55,9 @@ CODEBOOK_BARS = {"codebook4": 0.2, "codebook3": 0.8}
 
 @dataclass
 class Store:
-    """Records of runs in few_bits.json, which processes side by side may share; a run that is there is not repeated."""
+    """Records of runs in a JSON file, which processes side by side may share; a run that is there is not repeated."""
 
+    file: Path
     fresh: bool
     done: set[str] = field(default_factory=set)
 
@@ -82,16 +83,16 @@ class Store:
         self._update(lambda content: content.update(bars=bars, environment=compare.environment()))
 
     def _load(self) -> dict[str, Any]:
-        content = json.loads(STORE.read_text()) if STORE.exists() else {}
+        content = json.loads(self.file.read_text()) if self.file.exists() else {}
         return {"runs": {}, **content}
 
     def _update(self, change: Callable[[dict[str, Any]], None]) -> None:
-        STORE.parent.mkdir(parents=True, exist_ok=True)
-        with STORE.with_suffix(".lock").open("w") as lock:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             content = self._load()
             change(content)
-            part = STORE.with_suffix(".part")
+            part = self.file.with_suffix(".part")
             part.write_text(json.dumps(content, indent=1))
             part.replace(STORE)
 
@@ -340,7 +341,8 @@ def main() -> None:
     args = arguments()
     data.skip_without_data()
     torch.set_num_threads(args.threads)
-    store, bars = Store(args.fresh), []
+    file = data.BUILD / ("few_bits-quick.json" if args.quick else "few_bits.json")
+    store, bars = Store(file, args.fresh), []
     keys = [key for key in args.settings if key in SETTINGS]
     for name in args.models:
         network = Network(name, store, args)
@@ -352,7 +354,7 @@ def main() -> None:
         if CODEBOOKS in args.settings:
             bars += codebooks(network, baseline)
     store.judged(bars)
-    print(f"written to {STORE}")
+    print(f"written to {file}")
     sys.exit(any(bar["met"] is False for bar in bars))
 
 
