@@ -94,7 +94,7 @@ class Store:
             change(content)
             part = self.file.with_suffix(".part")
             part.write_text(json.dumps(content, indent=1))
-            part.replace(STORE)
+            part.replace(self.file)
 
 
 class Network:
