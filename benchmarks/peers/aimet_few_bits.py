@@ -14,6 +14,7 @@ def quantize(request: harness.Request) -> harness.Answer:
     """
     import aimet_onnx
     import onnx
+    from aimet_onnx.common.defs import QuantScheme
 
     np.random.seed(request.seed)
     model = onnx.load(str(request.float_onnx))
@@ -21,9 +22,11 @@ def quantize(request: harness.Request) -> harness.Answer:
     layers = [n for n in model.graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
     ends = {name for n in (layers[0], layers[-1]) for name in n.input[:2]} | set(layers[-1].output)
     sim = aimet_onnx.QuantizationSimModel(
-        model, param_type="int8", activation_type="int8", quant_scheme="tf_enhanced"
+        model, param_type="int8", activation_type="int8", quant_scheme="min_max"
     )
     for name, quantizer in sim.qc_quantize_op_dict.items():
+        if name not in weights:  # those of weights are min-max before SeqMSE, which asks for it
+            quantizer.set_quant_scheme(QuantScheme.post_training_tf_enhanced)
         if name not in ends and quantizer.bitwidth == 8:  # biases have 32 bits
             quantizer.set_bitwidth(request.bits[0] if name in weights else request.bits[1])
     data = [{"input": batch} for batch in harness.batches(request.calibration, BATCH)]
