@@ -8,8 +8,9 @@ from torch.fx import GraphModule, Node
 
 from fewbit.model.operators import operator
 from fewbit.model.sites import Placement, layer_name, passes_codes
+from fewbit.numerics.format import format_names, get_format
 from fewbit.plan import Recipe, Rule
-from fewbit.rounding import reconstruction
+from fewbit.rounding import can_round, reconstruction
 
 SAME = "same"
 
@@ -41,7 +42,7 @@ def answering(gm: GraphModule, placement: Placement) -> list[Node]:
 def _ends(recipe: Recipe, gm: GraphModule, placement: Placement) -> Iterator[Rule]:
     """The first and the last layer with weights: their weights, what they read, and the last one's output."""
     layers = [n for n in gm.graph.nodes if n.op == "call_module" and _has_weights(n, gm)]
-    rounding = "nearest" if reconstruction(recipe.rounding) else None
+    rounding = None if _rounds(recipe.rounding, recipe.ends) else "nearest"
     for node in dict.fromkeys((*layers[:1], *layers[-1:])):
         yield Rule(
             escape(layer_name(node)),
@@ -56,6 +57,12 @@ def _ends(recipe: Recipe, gm: GraphModule, placement: Placement) -> Iterator[Rul
     for node in layers[-1:]:
         if placement.carrier.get(node) in placement.born:
             yield Rule(escape(layer_name(node)), activations=recipe.ends)
+
+
+def _rounds(rounding: str, format_name: str) -> bool:
+    """Whether a recipe's rounding is one for ends of that format: no learning of eight bits, no k-means of integers."""
+    known = format_name in format_names()
+    return reconstruction(rounding) is None and (not known or can_round(rounding, get_format(format_name)))
 
 
 def _has_weights(node: Node, gm: GraphModule) -> bool:

@@ -15,6 +15,8 @@ from fewbit.calibrate import shown
 from fewbit.errors import CalibrationError
 from fewbit.model.blocks import Block, as_module
 from fewbit.model.learned import LearnedBlock
+from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.tuned_codebook import TunedCodebook
 from fewbit.numerics.tuned_weight import TunedWeight
 from fewbit.reconstruct import Task, current, decibels, falling, learnable, run, store
 
@@ -43,7 +45,7 @@ def finetune(task: Task, samples: tuple[Tensor, ...], epochs: int, progress: boo
         path: (task.float_gm.get_submodule(path).get_parameter("weight"), task.qtensors[row.site])
         for path, row in rows.items()
     }
-    learned = LearnedBlock(block, task.gm, weights, TunedWeight, task.fixed)
+    learned = LearnedBlock(block, task.gm, weights, _tuned, task.fixed)
     before = _remaining(as_module(block, task.gm), teacher, samples)
     old = {f"{path}:{kind}": current(task, rows, path, kind) for path, kind, _ in learned.learned()}
     generator = torch.Generator().manual_seed(task.seed)
@@ -93,7 +95,11 @@ def _remaining(student: GraphModule, teacher: GraphModule, samples: tuple[Tensor
     return float(noise(run(student, list(samples)), run(teacher, list(samples))))
 
 
-def _optimizer(learned: LearnedBlock[TunedWeight]) -> tuple[torch.optim.Adam, list[float]]:
+def _tuned(weight: Tensor, q: QTensor) -> TunedWeight | TunedCodebook:
+    return TunedWeight(weight, q) if q.codebook is None else TunedCodebook(weight, q)
+
+
+def _optimizer(learned: LearnedBlock[TunedWeight | TunedCodebook]) -> tuple[torch.optim.Adam, list[float]]:
     weights = learned.weights()
     groups = [
         {"params": [weight.v for weight in weights], "lr": _WEIGHT_RATE},

@@ -123,7 +123,7 @@ def reconstruct(
 
 
 def learnable(task: Task) -> dict[str, Row]:
-    """The rows whose roundings can be learned, by layer: of few bits, integer, and of that layer alone."""
+    """The rows whose codes can be learned, by layer: of few bits, integers or a codebook, of that layer alone."""
     shared = {row.shared_with for row in task.plan.weights()}
     return {
         row.layer: row
@@ -131,7 +131,7 @@ def learnable(task: Task) -> dict[str, Row]:
         if row.site == f"{row.layer}.weight"
         and isinstance(task.gm.get_submodule(row.layer), nn.Linear | nn.modules.conv._ConvNd)
         and row.scheme is not None
-        and row.scheme.spec.integer
+        and (row.scheme.spec.integer or row.scheme.spec.learned)
         and row.scheme.spec.bits <= _LEARNABLE_BITS
         and row.shared_with is None
         and row.site not in shared
@@ -271,11 +271,10 @@ def _loss(found: list[Tensor], expected: list[Tensor]) -> Tensor:
 def current(task: Task, rows: dict[str, Row], path: str, kind: str) -> Tensor:
     """A copy of what ``store`` would replace."""
     part = task.gm.get_submodule(path)
-    if kind in ("codes", "weight_scale"):
-        q = task.qtensors[rows[path].site]
-        value: object = q.codes if kind == "codes" else q.scale
-    else:
-        value = getattr(part, kind)
+    of_codes = {"codes": "codes", "weight_scale": "scale", "codebook": "codebook"}
+    value: object = (
+        getattr(task.qtensors[rows[path].site], of_codes[kind]) if kind in of_codes else getattr(part, kind)
+    )
     assert isinstance(value, Tensor)
     return value.detach().clone()
 
@@ -286,11 +285,14 @@ def store(task: Task, rows: dict[str, Row], state: dict[str, Tensor]) -> None:
         for key, value in state.items():
             path, _, kind = key.rpartition(":")
             part = task.gm.get_submodule(path)
-            if kind == "weight_scale":
+            if kind in ("weight_scale", "codebook"):
                 continue
             if kind == "codes":
                 old = task.qtensors[rows[path].site]
-                q = QTensor.from_codes(value, state[f"{path}:weight_scale"], old.zero_point, old.scheme)
+                table = state.get(f"{path}:codebook")
+                q = QTensor.from_codes(
+                    value, state[f"{path}:weight_scale"], old.zero_point, old.scheme, table
+                )
                 task.qtensors[rows[path].site] = q
                 part.get_parameter("weight").copy_(q.dequantize())
             else:

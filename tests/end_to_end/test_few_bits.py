@@ -57,6 +57,25 @@ def test_brecq_learns_too_and_adaround_and_gptq_do_layer_by_layer() -> None:
         assert noise(found) < 0.8 * nearest, rounding
 
 
+def test_codebooks_are_fine_tuned_and_still_deploy(tmp_path: Path) -> None:
+    options = {
+        "weights": "codebook2_shared",
+        "activations": "float",
+        "rounding": "weighted_kmeans",
+        "ends": "int8",
+    }
+    rounded, tuned = quantized(**options), quantized(**options, finetune=10)
+    assert noise(tuned) < 0.7 * noise(rounded)
+    rows = [row for row in tuned.plan.weights() if row.scheme is not None]
+    assert {row.scheme.format for row in rows[1:-1]} == {"codebook2_shared"}
+    assert rows[0].scheme.format == rows[-1].scheme.format == "int8" and rows[0].rounding == "nearest"
+    for row in rows:
+        assert torch.equal(tuned.graph.get_parameter(row.site), tuned.qtensors[row.site].dequantize())
+    fewbit.save(tuned, tmp_path / "tuned.fewbit")
+    assert same(fewbit.load(tmp_path / "tuned.fewbit"), tuned)
+    fewbit.export(tuned, tmp_path / "tuned.onnx", time=False)  # refused unless its answers are the same
+
+
 def test_weights_stay_on_their_grid_and_the_plan_tells_what_was_spared(reconstructed: QuantizedModel) -> None:
     plan = reconstructed.plan
     weights = [row for row in plan.weights() if row.scheme is not None]

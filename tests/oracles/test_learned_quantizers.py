@@ -10,8 +10,9 @@ from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme, blocks, unblocks
 from fewbit.numerics.soft_rounding import SoftRounding
 from fewbit.numerics.straight_through import coin_flips, learned_step
+from fewbit.numerics.tuned_codebook import TunedCodebook
 from fewbit.numerics.tuned_weight import TunedWeight
-from fewbit.rounding import adaround
+from fewbit.rounding import adaround, kmeans
 
 
 def by_definition(x: Tensor, scale: Tensor, lo: float, hi: float, dropped: Tensor | None) -> Tensor:
@@ -92,6 +93,35 @@ def test_a_tuned_weight_takes_a_learned_scale_along() -> None:
     assert torch.equal(hard.codes.int(), (q.codes.int() + 1).clamp(max=7))
     torch.testing.assert_close(hard.scale, q.scale * 1.1051709)
     torch.testing.assert_close(hard.dequantize(), tuned.weight().detach())
+
+
+@pytest.mark.parametrize("name", ["codebook2", "codebook2_shared", "codebook3"])
+def test_a_tuned_codebook_begins_at_its_codes_and_moves_values_and_codes(name: str) -> None:
+    w = torch.randn(6, 40, generator=torch.Generator().manual_seed(4))
+    q = kmeans.round(w, Scheme(name, "channel"), w.amin(1), w.amax(1), {})
+    tuned = TunedCodebook(w, q)
+    assert torch.equal(tuned.hard().codes, q.codes) and torch.equal(tuned.hard().codebook, q.codebook)
+    torch.testing.assert_close(tuned.weight().detach(), q.dequantize())
+    with torch.no_grad():
+        tuned.change += 0.1 * torch.arange(1, 2**q.scheme.spec.bits + 1)
+        tuned.v[2] += 0.3
+    hard = tuned.hard()
+    assert bool((hard.codes != q.codes).any())
+    assert bool((hard.codebook != q.codebook).any(dim=1).all())
+    assert torch.equal((hard.codebook == 0).sum(1), (q.codebook == 0).sum(1))  # zero stays in the table
+    torch.testing.assert_close(hard.dequantize(), tuned.weight().detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_gradients_of_a_tuned_codebook() -> None:
+    w = torch.randn(2, 30, generator=torch.Generator().manual_seed(5))
+    q = kmeans.round(w, Scheme("codebook2", "channel"), w.amin(1), w.amax(1), {})
+    outward = torch.randn(2, 30, generator=torch.Generator().manual_seed(6))
+    tuned = TunedCodebook(w, q)
+    tuned.weight().backward(outward)
+    moved = outward * q.scale[:, None] / 2  # in steps of half a unit
+    torch.testing.assert_close(tuned.v.grad, moved)
+    each = torch.zeros(2, 4).scatter_add(1, q.codes.long(), moved)
+    torch.testing.assert_close(tuned.change.grad, torch.where(q.codebook == 0, 0.0, each))
 
 
 def test_adaround_comes_close_to_the_best_of_all_roundings() -> None:

@@ -103,11 +103,16 @@ class LearnedBlock(Generic[W]):
         return [step.change for step in self.steps.values() if step.change.requires_grad]
 
     def learned(self) -> Iterator[tuple[str, str, Tensor]]:
-        """What was learned, decided: layer or step; "codes", "weight_scale", "bias" or "scale"; and the value."""
+        """What was learned, decided: layer or step; which part of it; and the value.
+
+        The parts are "codes", "weight_scale", "codebook", "bias" and "scale".
+        """
         for path, layer in self.layers.items():
             q = layer.learned.hard()
             yield path, "codes", q.codes
             yield path, "weight_scale", q.scale
+            if q.codebook is not None:
+                yield path, "codebook", q.codebook
             if layer.bias is not None:
                 yield path, "bias", layer.bias.detach()
         for path, step in self.steps.items():

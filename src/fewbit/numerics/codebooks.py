@@ -60,7 +60,7 @@ def _table_each(
 ) -> tuple[Tensor, Tensor, Tensor]:
     values = fit(rows, 2**scheme.spec.bits, counts)
     scale = scheme.spec.scales(values.abs().amax(dim=1), 1.0)
-    table = _float16(values / scale.double().unsqueeze(1))
+    table = as_stored(values / scale.double().unsqueeze(1))
     return nearest_value(rows / scale.unsqueeze(1), table), scale, table
 
 
@@ -100,9 +100,10 @@ def _in_turn(
     top = table.abs().max()
     top = torch.where(top > 0, top, 1.0)
     scale = scheme.spec.scales(scale.double() * top, 1.0)
-    table = _float16(table / top)
+    table = as_stored(table / top)
     return nearest_value(rows / scale.unsqueeze(1), table), scale, table
 
 
-def _float16(table: Tensor) -> Tensor:
+def as_stored(table: Tensor) -> Tensor:
+    """The values that a float16 table can hold: float32."""
     return table.to(torch.float16).to(torch.float32) + 0.0  # no minus zero
