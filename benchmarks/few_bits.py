@@ -181,21 +181,20 @@ class Network:
         return self.store.run(f"{self.name}/{key}/{seed}/{peer}", asked, measure)
 
     def codebook(self, weights: str) -> Record:
-        """Weights only, rounded and then fine-tuned: accuracies, and bits per weight with tables and scales."""
-        learned = weights.startswith("codebook")
-        options = {
-            "weights": weights, "activations": "float", "ends": "int8", "weight_observer": "mse",
-            "rounding": "weighted_kmeans" if learned else "gptq",
-        }  # fmt: skip
+        """Weights only: accuracy as they round without data, with GPTQ, and fine-tuned; bits with tables and scales."""
+        options = {"weights": weights, "activations": "float", "ends": "int8", "weight_observer": "mse"}
         epochs = FINETUNE[3 if "3" in weights else 4]
+        variants = {
+            "no_data": {}, "accuracy": {"rounding": "gptq"}, "tuned": {"rounding": "gptq", "finetune": epochs},
+        }  # fmt: skip
 
         def measure() -> Record:
             bench, record = self.bench(0), {}
             images = torch.from_numpy(bench.task.calibration)
-            for name, more in (("rounded", {}), ("accuracy", {"finetune": epochs})):
+            for name, more in variants.items():
                 started = time.perf_counter()
                 module = models.build(bench.name, bench.weights)
-                quantized = fewbit.quantize(module, images, progress=False, **options | more)
+                quantized = fewbit.quantize(module, images, progress=False, **options, **more)
                 record["seconds"] = time.perf_counter() - started
                 record[name] = bench.accuracy(ours.simulate(quantized, bench.task.inputs))
             coded = [quantized.qtensors[layer] for layer in quantized.qtensors.names()]
@@ -203,7 +202,7 @@ class Network:
             record["bits_per_weight"] = 8 * sum(q.nbytes for q in inner) / sum(q.codes.numel() for q in inner)
             return record
 
-        asked = {"test": self.test, "finetune": epochs, **options}
+        asked = {"test": self.test, **options, "variants": variants}
         return self.store.run(f"{self.name}/{CODEBOOKS}/{weights}", asked, measure)
 
 
@@ -289,9 +288,11 @@ def codebooks(network: Network, baseline: float) -> list[Record]:
     """Bar 3: table and bars of codebooks beside integers, weights only."""
     rows = {weights: network.codebook(weights) for weights in WEIGHTS}
     print(f"\n{network.name}, weights only, both ends int8; float {baseline:.2f} %")
-    print(f"{'':20}{'rounded %':>12}{'fine-tuned %':>14}{'drop':>8}{'bits per weight':>18}{'s':>8}")
+    print(
+        f"{'':20}{'no data %':>12}{'GPTQ %':>10}{'fine-tuned %':>14}{'drop':>8}{'bits per weight':>18}{'s':>8}"
+    )
     for weights, row in rows.items():
-        drop = f"{row['rounded']:12.2f}{row['accuracy']:14.2f}{baseline - row['accuracy']:8.2f}"
+        drop = f"{row['no_data']:12.2f}{row['accuracy']:10.2f}{row['tuned']:14.2f}{baseline - row['accuracy']:8.2f}"
         print(f"{weights:20}{drop}{row['bits_per_weight']:18.2f}{row['seconds']:8.1f}")
     bars, quick = [], network.args.quick
     for weights, row in rows.items():

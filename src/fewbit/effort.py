@@ -8,7 +8,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fewbit.errors import RecipeError
+from fewbit.numerics.format import get_format
 from fewbit.plan import Recipe
+from fewbit.reconstruct import can_learn
+from fewbit.rounding import can_round
 
 BEST = "best"
 _DEFAULT = 600.0  # seconds
@@ -41,8 +44,8 @@ def strongest(
 ) -> tuple[Recipe, str]:
     """The recipe with a rounding and a number of steps in the place of "best", and a sentence that says why.
 
-    Block reconstruction and fine-tuning where data and time are enough, GPTQ where the time is not, HQQ or nearest
-    codes without data. ``samples``: how many there are to learn from.
+    Block reconstruction and fine-tuning where data and time are enough, GPTQ where the time is not or the format has
+    codes that blocks cannot learn, HQQ or nearest codes without data. ``samples``: how many there are to learn from.
     """
     given = seconds(time)
     if not samples:
@@ -50,14 +53,19 @@ def strongest(
         return dataclasses.replace(recipe, rounding=rounding), f"rounding: {rounding}, the best without data"
     step = _step_seconds(gm, examples) * _OVERHEAD
     steps = int(given * _SHARE / step)
+    epoch = samples / _BATCH  # in steps, which take as long for all blocks as for the network
+    rounding = "qdrop" if recipe.activations not in ("float", "dynamic") else "brecq"
+    spec = get_format(recipe.weights)
+    if not (can_learn(spec) and can_round(rounding, spec)):
+        epochs = min(_EPOCHS, int(steps / epoch)) if can_learn(spec) else 0
+        found = dataclasses.replace(recipe, rounding="gptq", finetune=epochs)
+        return found, f"rounding: gptq with {epochs} epochs of fine-tuning, the best for {recipe.weights}"
     if steps < _FEWEST:
         found = dataclasses.replace(recipe, rounding="gptq")
         return (
             found,
             f"rounding: gptq, since {given:.0f} s are enough for {steps} steps of reconstruction only",
         )
-    rounding = "qdrop" if recipe.activations not in ("float", "dynamic") else "brecq"
-    epoch = samples / _BATCH  # in steps, which take as long for all blocks as for the network
     epochs = min(_EPOCHS, int(steps / 2 / epoch))
     steps = min(int(steps - epochs * epoch), _MOST)
     found = dataclasses.replace(recipe, rounding=rounding, iterations=steps, finetune=epochs)

@@ -39,6 +39,8 @@ def finetune(task: Task, samples: tuple[Tensor, ...], epochs: int, progress: boo
         CalibrationError: the network's outputs became numbers that are not finite.
     """
     rows = learnable(task)
+    if not rows:
+        return ["nothing was fine-tuned: no weights have codes of few bits"]
     block = _whole(task.gm)
     teacher = as_module(_whole(task.float_gm), task.float_gm)
     weights = {

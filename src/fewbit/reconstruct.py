@@ -19,6 +19,7 @@ from fewbit.errors import CalibrationError
 from fewbit.model.blocks import Block, as_module, split, twin
 from fewbit.model.learned import LearnedBlock
 from fewbit.model.simulate import FakeQuantize
+from fewbit.numerics.format import Format
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.soft_rounding import SoftRounding
 from fewbit.numerics.straight_through import coin_flips
@@ -131,11 +132,15 @@ def learnable(task: Task) -> dict[str, Row]:
         if row.site == f"{row.layer}.weight"
         and isinstance(task.gm.get_submodule(row.layer), nn.Linear | nn.modules.conv._ConvNd)
         and row.scheme is not None
-        and (row.scheme.spec.integer or row.scheme.spec.learned)
-        and row.scheme.spec.bits <= _LEARNABLE_BITS
+        and can_learn(row.scheme.spec)
         and row.shared_with is None
         and row.site not in shared
     }
+
+
+def can_learn(spec: Format) -> bool:
+    """Whether codes of that format can be learned at all: few bits, integers or a codebook."""
+    return (spec.integer or spec.learned) and spec.bits <= _LEARNABLE_BITS
 
 
 def _owner(task: Task, inputs: tuple[Tensor, ...]) -> list[object]:

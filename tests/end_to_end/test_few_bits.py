@@ -198,6 +198,24 @@ def test_best_without_data_and_end_to_end() -> None:
 
 
 @pytest.mark.parametrize(
+    ("weights", "found"),
+    [
+        ("codebook2_shared", "gptq with 20 epochs"),
+        ("nf4", "gptq with 0"),
+        ("int8", "gptq with 0"),
+        ("ternary", "brecq"),
+    ],
+)
+def test_the_best_rounding_for_a_format(weights: str, found: str) -> None:
+    q = quantized(weights=weights, activations="float", rounding="best", time="20 s")
+    assert q.facts["notes"][0].startswith(f"rounding: {found}")
+
+
+def test_eight_bits_have_nothing_to_fine_tune() -> None:
+    assert any("nothing was fine-tuned" in note for note in quantized(finetune=1).facts["notes"])
+
+
+@pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"rounding": "best", "time": "soon"}, RecipeError, "time is 'soon', expected a positive time"),

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewbit.errors import CalibrationError
-from fewbit.numerics import QTensor, Scheme, blocks, fake_quantize
+from fewbit.numerics import QTensor, Scheme, blocks, fake_quantize, unblocks
 from fewbit.numerics.gptq import DAMPING, factor, losses, round_inputs
 from fewbit.rounding import round_weight
 
@@ -20,6 +20,10 @@ SCHEMES = [
     Scheme("nf4", "channel"),
     Scheme("float4_e2m1", "group", group_size=75),
     Scheme("ternary", "channel"),
+    Scheme("codebook3", "channel"),
+    Scheme("codebook2", "group", group_size=50),
+    Scheme("codebook2", "channel", axis=1),
+    Scheme("codebook3_shared", "channel"),
 ]
 
 
@@ -39,13 +43,13 @@ def weights(outputs, width, seed=1):
 
 def by_definition(weight, hessian, scheme, lo, hi):
     """Optimal brain quantization of all rows in one order: quantize a column, move the rest, remove its row of H."""
-    plain = QTensor.quantize(weight, scheme, lo, hi)
+    plain = nearest_codes(weight, scheme, lo, hi)
     w, h = weight.to(torch.float64).clone(), hessian.to(torch.float64).clone()
     h += DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
     inverse = torch.linalg.inv(h)
     result = torch.zeros_like(w)
     for column in hessian.diagonal().argsort(stable=True).flip(0).tolist():
-        whole = fake_quantize(w.to(torch.float32), plain.scale, plain.zero_point, scheme)
+        whole = representable(w.to(torch.float32), plain)
         result[:, column] = whole[:, column].to(torch.float64)
         error = (w[:, column] - result[:, column]) / inverse[column, column]
         w -= error[:, None] * inverse[column]
@@ -53,6 +57,22 @@ def by_definition(weight, hessian, scheme, lo, hi):
     nearest = plain.dequantize().to(torch.float64)
     worse = loss(weight, result, hessian) > loss(weight, nearest, hessian)
     return torch.where(worse[:, None], nearest, result)
+
+
+def nearest_codes(weight, scheme, lo, hi):
+    if scheme.spec.learned:
+        return round_weight("kmeans", weight, scheme, lo, hi)
+    return QTensor.quantize(weight, scheme, lo, hi)
+
+
+def representable(w, plain):
+    """The nearest values that the codes of `plain` could stand for."""
+    if plain.codebook is None:
+        return fake_quantize(w, plain.scale, plain.zero_point, plain.scheme)
+    values = (plain.codebook * plain.scale[:, None]).expand(len(plain.scale), -1)
+    rows = blocks(w, plain.scheme)
+    codes = (rows[:, :, None] - values[:, None]).abs().argmin(dim=2)
+    return unblocks(values.gather(1, codes), w.shape, plain.scheme)
 
 
 def loss(weight, values, hessian):
@@ -75,7 +95,7 @@ def test_codes_are_those_of_the_definition(scheme, places):
     q = round_weight("gptq", w, scheme, lo * 0.8, hi * 0.8, {"hessian": hessian})
     expected = by_definition(w, hessian, scheme, lo * 0.8, hi * 0.8)
     assert torch.equal(q.dequantize(), expected.to(torch.float32))
-    nearest = QTensor.quantize(w, scheme, lo * 0.8, hi * 0.8)
+    nearest = nearest_codes(w, scheme, lo * 0.8, hi * 0.8)
     assert not torch.equal(q.codes, nearest.codes)
 
 

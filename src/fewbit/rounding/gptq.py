@@ -13,11 +13,19 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import CalibrationError
+from fewbit.numerics.clustering import cluster, nearest_value
+from fewbit.numerics.codebooks import fit_codebook
+from fewbit.numerics.format import Format
 from fewbit.numerics.gptq import Nearest, factor, losses, round_inputs
 from fewbit.numerics.qtensor import QTensor, encode
-from fewbit.numerics.scheme import Scheme, unblocks
+from fewbit.numerics.scheme import Scheme, blocks, unblocks
 
 STATISTICS: frozenset[str] = frozenset({"hessian"})
+
+
+def accepts(spec: Format) -> bool:
+    """All formats: the values of those that are learned are found by k-means first."""
+    return True
 
 
 def round(weight: Tensor, scheme: Scheme, lo: Tensor, hi: Tensor, statistics: Mapping[str, Any]) -> QTensor:
@@ -32,7 +40,7 @@ def round(weight: Tensor, scheme: Scheme, lo: Tensor, hi: Tensor, statistics: Ma
     Raises:
         CalibrationError: a Hessian of another shape, or with numbers that are not finite.
     """
-    plain = QTensor.quantize(weight, scheme, lo, hi)
+    plain = _nearest(weight, scheme, lo, hi)
     hessian: Tensor = statistics["hessian"]
     hessian = hessian if hessian.dim() == 3 else hessian.unsqueeze(0)
     groups, inputs = hessian.shape[:2]
@@ -57,28 +65,45 @@ def round(weight: Tensor, scheme: Scheme, lo: Tensor, hi: Tensor, statistics: Ma
         rounded[:, worse] = simple[:, worse]
         found.append(rounded.index_select(0, factored.order.argsort()).T)
     values = torch.cat(found).reshape(weight.shape).to(torch.float32)
-    return replace(plain, codes=encode(values, plain.scale, plain.zero_point, scheme))
+    return replace(plain, codes=_codes(values, plain))
+
+
+def _nearest(weight: Tensor, scheme: Scheme, lo: Tensor, hi: Tensor) -> QTensor:
+    """The nearest codes; where the format is learned, of the values that k-means finds."""
+    learned = scheme.spec.learned
+    return fit_codebook(weight, scheme, cluster) if learned else QTensor.quantize(weight, scheme, lo, hi)
+
+
+def _codes(values: Tensor, plain: QTensor) -> Tensor:
+    """The codes of values that are representable."""
+    if plain.codebook is None:
+        return encode(values, plain.scale, plain.zero_point, plain.scheme)
+    rows = blocks(values, plain.scheme) / plain.scale.reshape(-1, 1)
+    codes = nearest_value(rows, plain.codebook)
+    return unblocks(codes, plain.shape, plain.scheme).to(plain.scheme.spec.code_dtype)
 
 
 def _quantizer(plain: QTensor, rows: slice, inputs: int, order: list[int], dtype: torch.dtype) -> Nearest:
     """The nearest values of the weights of some outputs, one input after another, in the order of rounding."""
     scheme = plain.scheme
-    scale, place = _by_input(plain.scale.to(dtype), plain, rows, inputs)
-    zero_point, _ = _by_input(plain.zero_point.to(dtype), plain, rows, inputs)
+    block, place = _blocks_by_input(plain, rows, inputs)
     index = [place[i] for i in order]
+    scale, zero_point = plain.scale.to(dtype)[block], plain.zero_point.to(dtype)[block]
+    if plain.codebook is not None:
+        return _codebook(scale, plain.codebook, block, index)
     return (_integer if scheme.spec.integer else _table)(scale, zero_point, index, scheme)
 
 
-def _by_input(per_block: Tensor, plain: QTensor, rows: slice, inputs: int) -> tuple[Tensor, list[int]]:
-    """A value per block as rows [any, outputs], and for each input the row that is its own."""
-    outputs, scheme = plain.shape[0], plain.scheme
+def _blocks_by_input(plain: QTensor, rows: slice, inputs: int) -> tuple[Tensor, list[int]]:
+    """The number of each weight's block, int64 [any, outputs], and for each input the row that is its own."""
+    outputs, scheme, count = plain.shape[0], plain.scheme, plain.scale.numel()
+    numbers = torch.arange(count, device=plain.scale.device)
     if scheme.granularity == "tensor":
-        return per_block.expand(1, len(range(*rows.indices(outputs)))), [0] * inputs
+        return numbers.expand(1, len(range(*rows.indices(outputs)))), [0] * inputs
     if scheme.axis % len(plain.shape) == 0:
-        table = per_block.reshape(outputs, -1)[rows].T.contiguous()
+        table = numbers.reshape(outputs, -1)[rows].T.contiguous()
         return table, [i // (inputs // len(table)) for i in range(inputs)]
-    size = plain.codes.numel() // per_block.numel()
-    full = unblocks(per_block.reshape(-1, 1).expand(-1, size), plain.shape, scheme)
+    full = unblocks(numbers.reshape(-1, 1).expand(-1, plain.codes.numel() // count), plain.shape, scheme)
     return full.reshape(outputs, inputs)[rows].T.contiguous(), list(range(inputs))
 
 
@@ -93,6 +118,18 @@ def _integer(scale: Tensor, zero_point: Tensor, index: list[int], scheme: Scheme
         row = index[place]
         v = (x / scale[row]).clamp_(least[row], most[row])
         return v.add_(whole).sub_(whole).mul_(scale[row])
+
+    return nearest
+
+
+def _codebook(scale: Tensor, codebook: Tensor, block: Tensor, index: list[int]) -> Nearest:
+    """The quantizer of a learned format: each block has a table of its own, or all have one."""
+
+    def nearest(x: Tensor, place: int) -> Tensor:
+        row = index[place]
+        table = codebook[block[row]] if len(codebook) > 1 else codebook
+        codes = nearest_value((x / scale[row]).to(torch.float32).unsqueeze(1), table)
+        return table.expand(len(x), -1).gather(1, codes.long()).squeeze(1) * scale[row]
 
     return nearest
 
