@@ -12,7 +12,7 @@ _SHRINK_ONE = 0.85  # ratio of neighbouring coarse candidates where one bound mo
 _STEPS_ONE = 48  # down to 0.0005 of the range
 _SHRINK_TWO = 0.62  # and where two bounds move
 _STEPS_TWO = 16
-_STEPS_AT_ONCE = 12
+_STEPS_AT_ONCE = 4
 _ROUNDS = 4
 
 
@@ -49,7 +49,7 @@ def search_clipping(
     single = symmetric or bool((lo == 0).all()) or bool((hi == 0).all())
     shrink, steps = (_SHRINK_ONE, _STEPS_ONE) if single else (_SHRINK_TWO, _STEPS_TWO)
     grid = shrink ** torch.arange(steps, dtype=torch.float64, device=lo.device)
-    fine = torch.arange(3, -4, -1, dtype=torch.float64, device=lo.device)
+    fine = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0], dtype=torch.float64, device=lo.device)
     best = torch.ones(lo.numel(), 2, dtype=torch.float64, device=lo.device)
     least = torch.full_like(lo, torch.inf)
     for turn in range(rounds + 1):

@@ -15,6 +15,7 @@ from fewbit.observers import HistogramObserver
 _GOLDEN = 0.6180339887498949
 _CELLS = 2**18  # candidates times numbers evaluated at a time: what fits into a core's cache
 _HOPELESS = 20.0  # times the least error: where clipping costs that, clipping more costs more
+_HOPELESS_WEIGHTS = 4.0  # whose histograms have one hill
 _ROUNDS = 2  # of refinement for weights: to 2 % of the range
 _LARGE = 2**15  # numbers in a block from which a histogram says enough about it
 
@@ -48,7 +49,7 @@ class SquaredErrorObserver(HistogramObserver):
         least, most = self.observed()
         loss = squared_error(rows, weights, self.scheme)
         lo, hi = least.clamp(max=0), most.clamp(min=0)
-        ends = search_clipping(loss, lo, hi, self.scheme.symmetric, _HOPELESS, _ROUNDS)
+        ends = search_clipping(loss, lo, hi, self.scheme.symmetric, _HOPELESS_WEIGHTS, _ROUNDS)
         return self._limited(*ends)
 
     def _points(self) -> Tensor:
