@@ -1,9 +1,11 @@
-"""Tensors that few bits hurt most and cost least to spare: the ends of a network, and what only sums read."""
+"""Tensors that few bits hurt most and cost least to spare: the ends of a network, and what no layer multiplies."""
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from glob import escape
 
+import torch
 from torch.fx import GraphModule, Node
 
 from fewbit.model.operators import operator
@@ -22,11 +24,44 @@ def with_edges(recipe: Recipe, gm: GraphModule, placement: Placement) -> Recipe:
         rules += [
             _activations(n, recipe.addends, placement)
             for n in placement.born
-            if _only_added(n, gm, placement)
+            if not any(_multiplies(r, placement) for r in _readers(n, gm))
         ]
     if recipe.ends != SAME:
         rules += list(_ends(recipe, gm, placement))
     return dataclasses.replace(recipe, rules=(*rules, *recipe.rules))
+
+
+def narrowed(gm: GraphModule, placement: Placement) -> bool:
+    """Let layers that multiply read codes of their own where a sum reads the same tensor; in place.
+
+    A residual stream can then keep 8 bits while layers read 4 of them. The codes are born at a function that changes
+    nothing: a leaky ReLU of slope 1, since runtimes remove identities, and quantize pairs with nothing between them.
+    Returns whether the graph changed.
+    """
+    points = [point for born in placement.born for point in _forks(born, gm, placement)]
+    for point, readers in points:
+        with gm.graph.inserting_after(point):
+            narrow = gm.graph.call_function(torch.ops.aten.leaky_relu.default, (point, 1.0))
+        narrow.name = f"{point.name}_narrow"
+        narrow.meta = copy.copy(point.meta)
+        for reader in readers:
+            reader.replace_input_with(point, narrow)
+    if points:
+        gm.recompile()
+    return bool(points)
+
+
+def _forks(born: Node, gm: GraphModule, placement: Placement) -> Iterator[tuple[Node, list[Node]]]:
+    """Nodes with codes of this birth, and the layers that read them, where other computations than layers do, too."""
+    readers = list(_readers(born, gm))
+    if all(_multiplies(r, placement) for r in readers) or not any(_multiplies(r, placement) for r in readers):
+        return
+    passing = [born]
+    for node in passing:
+        passing += [user for user in node.users if passes_codes(user, gm)]
+        layers = [user for user in node.users if _multiplies(user, placement)]
+        if layers:
+            yield node, layers
 
 
 def answering(gm: GraphModule, placement: Placement) -> list[Node]:
@@ -87,13 +122,13 @@ def _activations(node: Node, format_name: str, placement: Placement) -> Rule:
     return Rule(escape(layer_name(owner)), activations=format_name)
 
 
-def _only_added(node: Node, gm: GraphModule, placement: Placement) -> bool:
-    """Whether all that reads these codes adds them to others."""
-    readers = list(_readers(node, gm))
-    return bool(readers) and all(r in placement.forms and placement.forms[r].kind == "add" for r in readers)
+def _multiplies(node: Node, placement: Placement) -> bool:
+    """Whether a node is a convolution, a linear layer or a matrix product."""
+    return node in placement.forms and placement.forms[node].heavy
 
 
 def _readers(node: Node, gm: GraphModule) -> Iterator[Node]:
+    """What computes with the codes that are born at a node."""
     for user in node.users:
         if passes_codes(user, gm):
             yield from _readers(user, gm)

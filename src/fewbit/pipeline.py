@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from fewbit.calibrate import CalibrationWarning, Facts, calibrate_activations, clipping_warnings, site_name
 from fewbit.data import Batches, as_batches
-from fewbit.edges import answering, with_edges
+from fewbit.edges import SAME, answering, narrowed, with_edges
 from fewbit.effort import BEST, strongest
 from fewbit.errors import CalibrationError, DataError, ModelError, RecipeError
 from fewbit.learning import MOST, USUAL, learn_on
@@ -154,6 +154,8 @@ def _meta(module: nn.Module) -> dict[str, Any]:
 
 def _planned(gm: GraphModule, recipe: Recipe, target: str) -> tuple[Placement, Plan]:
     placement = place(gm, recipe.mode, recipe.decoded)
+    if recipe.addends not in (SAME, recipe.activations) and narrowed(gm, placement):
+        placement = place(gm, recipe.mode, recipe.decoded)
     if recipe.outputs == "float":
         last = {layer_name(n) for n in answering(gm, placement)}
         placement = place(

@@ -106,8 +106,11 @@ def test_ends_and_addends() -> None:
     options = {"weights": "int4", "activations": "int4", "weight_symmetric": False}
     plan = fewbit.pipeline.plan(Residual().eval(), x, ends="int8", addends="int6", **options)
     formats = {row.site: row.scheme.format for row in plan.rows if row.scheme is not None}
-    assert formats["branch.output"] == "uint6"  # the sum alone reads it
-    assert formats["stem.output"] == "uint4" and formats["branch.weight"] == "int4"
+    assert formats["branch.output"] == formats["stem.output"] == formats["add.output"] == "uint6"
+    assert (
+        formats["relu_narrow.output"] == "uint4"
+    )  # what the branch multiplies; the sum reads more bits of it
+    assert formats["branch.weight"] == "int4"
     assert formats["stem.weight"] == formats["head.weight"] == "int8"
     assert formats["input:x"] == formats["mean.output"] == formats["head.output"] == "uint8"
     mine = fewbit.pipeline.plan(

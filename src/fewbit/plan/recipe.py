@@ -76,7 +76,8 @@ class Recipe:
     ``iterations`` are the steps that block reconstruction (``rounding="brecq"`` or ``"qdrop"``) learns each block for.
     ``finetune`` is for how many epochs the whole network then learns the float one's outputs on the calibration data.
     ``ends`` is the format of the first and last layer with weights and of what they read and return, and ``addends``
-    that of activations which only sums read, such as the residual branches; ``"same"`` makes no difference.
+    that of activations as sums, pooling and the like read them: layers that multiply them get their own, of fewer bits.
+    ``"same"`` makes no difference.
     ``smooth_quant`` may be its alpha, from 0 to 1, and true is 0.5. ``bias_correction`` is ``"empirical"`` (true:
     means measured on the calibration data) or ``"analytic"`` (means that the folded batch norms tell).
 
