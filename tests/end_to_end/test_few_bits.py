@@ -11,6 +11,7 @@ from fewbit import progress_file
 from fewbit.demo.network import load
 from fewbit.errors import ArtifactError, CalibrationError, DataError, RecipeError
 from fewbit.model.simulate import QuantizedModel
+from fewbit.pipeline import plan
 
 NETWORK, DATA = load()
 IMAGES = torch.from_numpy(DATA.calibration_images)
@@ -104,8 +105,8 @@ class Residual(nn.Module):
 def test_ends_and_addends() -> None:
     x = torch.randn(8, 3, 8, 8)
     options = {"weights": "int4", "activations": "int4", "weight_symmetric": False}
-    plan = fewbit.pipeline.plan(Residual().eval(), x, ends="int8", addends="int6", **options)
-    formats = {row.site: row.scheme.format for row in plan.rows if row.scheme is not None}
+    found = plan(Residual().eval(), x, ends="int8", addends="int6", **options)
+    formats = {row.site: row.scheme.format for row in found.rows if row.scheme is not None}
     assert formats["branch.output"] == formats["stem.output"] == formats["add.output"] == "uint6"
     assert (
         formats["relu_narrow.output"] == "uint4"
@@ -113,9 +114,7 @@ def test_ends_and_addends() -> None:
     assert formats["branch.weight"] == "int4"
     assert formats["stem.weight"] == formats["head.weight"] == "int8"
     assert formats["input:x"] == formats["mean.output"] == formats["head.output"] == "uint8"
-    mine = fewbit.pipeline.plan(
-        Residual().eval(), x, ends="int8", rules=[{"match": "head", "weights": "int5"}], **options
-    )
+    mine = plan(Residual().eval(), x, ends="int8", rules=[{"match": "head", "weights": "int5"}], **options)
     assert mine.row("head.weight").scheme.format == "int5"  # the user's rule comes last
 
 
