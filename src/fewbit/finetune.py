@@ -18,19 +18,28 @@ from fewbit.model.learned import LearnedBlock
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.tuned_codebook import TunedCodebook
 from fewbit.numerics.tuned_weight import TunedWeight
+from fewbit.progress_file import Progress
 from fewbit.reconstruct import Task, current, decibels, falling, learnable, run, store
 
 _BATCH = 64
 _WEIGHT_RATE = 5e-3  # Adam's, in steps of the codes
 _BIAS_RATE, _SCALE_RATE = 1e-3, 1e-3
 _SHIFT = 8  # images are moved by up to a size's eighth
+_PART = "finetune"  # its name among the finished parts of a job
 _COLOURS = 4  # channels that a tensor of images has at most
 
 
-def finetune(task: Task, samples: tuple[Tensor, ...], epochs: int, progress: bool = False) -> list[str]:
+def finetune(
+    task: Task,
+    samples: tuple[Tensor, ...],
+    epochs: int,
+    progress: bool = False,
+    kept: Progress | None = None,
+) -> list[str]:
     """Train the whole network for some epochs; what it learned stays if its outputs on the samples became better.
 
     Batches of images [n, c, h, w] are mirrored and moved at random: the float network says what is right for them, too.
+    ``kept`` gets the state after each epoch, and epochs that it has are not learned again.
 
     Returns:
         a sentence: the outputs' signal-to-noise ratio before and after.
@@ -52,18 +61,22 @@ def finetune(task: Task, samples: tuple[Tensor, ...], epochs: int, progress: boo
     old = {f"{path}:{kind}": current(task, rows, path, kind) for path, kind, _ in learned.learned()}
     generator = torch.Generator().manual_seed(task.seed)
     order = [torch.randperm(len(samples[0]), generator=generator) for _ in range(epochs)]
-    batches = [chosen for epoch in order for chosen in epoch.split(_BATCH)]
+    batches = [epoch.split(_BATCH) for epoch in order]
     optimizer, rates = _optimizer(learned)
-    for done, chosen in enumerate(shown(batches, len(batches), "fine-tuning", progress)):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * falling(done / len(batches))
-        given = _varied(tuple(x[chosen] for x in samples), generator)
-        with torch.no_grad():
-            expected = teacher(*given)
-        loss = noise(learned.module(*given), expected)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+    kept = kept or Progress()
+    first = _restored(kept.parts[_PART], optimizer, generator) if _PART in kept.parts else 0
+    for epoch in shown(range(first, epochs), epochs - first, "fine-tuning", progress):
+        for i, chosen in enumerate(batches[epoch]):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * falling((epoch + i / len(batches[epoch])) / epochs)
+            given = _varied(tuple(x[chosen] for x in samples), generator)
+            with torch.no_grad():
+                expected = teacher(*given)
+            loss = noise(learned.module(*given), expected)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        kept.keep(_PART, _state(optimizer, generator, epoch + 1))
     store(task, rows, {f"{path}:{kind}": value.clone() for path, kind, value in learned.learned()})
     after = _remaining(as_module(block, task.gm), teacher, samples)
     if not math.isfinite(after):
@@ -110,6 +123,30 @@ def _optimizer(learned: LearnedBlock[TunedWeight | TunedCodebook]) -> tuple[torc
     ]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]])
     return optimizer, [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def _state(optimizer: torch.optim.Adam, generator: torch.Generator, epochs: int) -> dict[str, Tensor]:
+    """All that the next epoch depends on."""
+    state = {"epochs": torch.tensor(epochs), "generator": generator.get_state()}
+    for i, parameter in enumerate(_parameters(optimizer)):
+        values = {"value": parameter.detach(), **optimizer.state[parameter]}
+        state |= {f"{i}:{name}": value.clone().contiguous() for name, value in values.items()}
+    return state
+
+
+def _restored(state: dict[str, Tensor], optimizer: torch.optim.Adam, generator: torch.Generator) -> int:
+    """Put a state back where ``_state`` found it; how many epochs are over."""
+    generator.set_state(state["generator"])
+    for i, parameter in enumerate(_parameters(optimizer)):
+        values = {name.partition(":")[2]: value for name, value in state.items() if name.startswith(f"{i}:")}
+        with torch.no_grad():
+            parameter.copy_(values.pop("value"))
+        optimizer.state[parameter] = values
+    return int(state["epochs"])
+
+
+def _parameters(optimizer: torch.optim.Adam) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _varied(inputs: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:

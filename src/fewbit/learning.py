@@ -9,7 +9,8 @@ from fewbit.calibrate import Facts
 from fewbit.data import Batches
 from fewbit.errors import CalibrationError, DataError
 from fewbit.finetune import finetune
-from fewbit.reconstruct import Task, reconstruct, reconstructs
+from fewbit.progress_file import Progress, ProgressFile
+from fewbit.reconstruct import Task, owner, reconstruct, reconstructs
 
 FEW, USUAL, MOST = 256, 1024, 4096  # samples
 
@@ -24,14 +25,18 @@ def learn_on(
 ) -> list[str]:
     """Reconstruct where the plan asks for it, then fine-tune for some epochs, on at most 4,096 samples.
 
+    With ``resume``, finished blocks and epochs are kept in the file ``<resume>.blocks``; the same call goes on from
+    there with the same result, and removes it at the end.
     Returns what was done, in sentences. Raises ``CalibrationError`` without data, ``DataError`` where it is read once.
     """
     samples = _samples(task, batches, facts)
-    notes = []
+    file = None if resume is None else ProgressFile(f"{resume}.blocks", owner(task, samples, epochs))
+    kept, notes = Progress(file), []
     if reconstructs(task.plan):
-        notes += reconstruct(task, samples, progress, None if resume is None else f"{resume}.blocks")
+        notes += reconstruct(task, samples, progress, kept)
     if epochs:
-        notes += finetune(task, samples, epochs, progress)
+        notes += finetune(task, samples, epochs, progress, kept)
+    kept.done()
     return notes
 
 

@@ -64,6 +64,25 @@ class ProgressFile:
         self.path.unlink(missing_ok=True)
 
 
+class Progress:
+    """The finished parts of a running job, kept in a file if there is one. Raises as ``ProgressFile`` does."""
+
+    def __init__(self, file: ProgressFile | None = None) -> None:
+        self.file = file
+        self.parts: Parts = {} if file is None else file.load()
+
+    def keep(self, name: str, part: dict[str, Tensor]) -> None:
+        """A part is finished, or has come further."""
+        if self.file is not None:
+            self.parts[name] = part
+            self.file.save(self.parts)
+
+    def done(self) -> None:
+        """All parts are."""
+        if self.file is not None:
+            self.file.remove()
+
+
 def _fingerprint(owner: list[object]) -> str:
     digest = hashlib.sha256()
     for item in owner:

@@ -8,7 +8,6 @@ is learned: which way weights round, biases, and the scales of activations.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.soft_rounding import SoftRounding
 from fewbit.numerics.straight_through import coin_flips
 from fewbit.plan import Plan, Row
-from fewbit.progress_file import ProgressFile
+from fewbit.progress_file import Progress
 from fewbit.rounding import reconstruction
 
 _BATCH = 32  # samples of a step
@@ -69,12 +68,12 @@ def reconstruct(
     task: Task,
     inputs: tuple[Tensor, ...],
     progress: bool = False,
-    resume: str | Path | None = None,
+    kept: Progress | None = None,
 ) -> list[str]:
     """Learn block after block on these samples; ``task.gm`` and ``task.qtensors`` are changed in place.
 
-    A block that learned nothing better than what it had stays as it was. With ``resume``, what finished blocks learned
-    is kept in that file, and the same call goes on from there with the same result; it is removed at the end.
+    A block that learned nothing better than what it had stays as it was. ``kept`` gets what finished blocks learned,
+    and blocks that it has are not learned again.
 
     Returns:
         a sentence for each block: its signal-to-noise ratio before and after.
@@ -90,8 +89,7 @@ def reconstruct(
     rows = {layer: row for layer, row in learnable(task).items() if _reconstructed(row)}
     layers = {row.layer for row in task.plan.weights() if row.scheme is not None}
     blocks = split(task.gm, layers, tuple(x[:2] for x in inputs))
-    file = None if resume is None else ProgressFile(resume, _owner(task, inputs))
-    finished = {} if file is None else file.load()
+    kept = kept or Progress()
     quantized, exact = _placed(task.gm, inputs), _placed(task.float_gm, inputs)
     ticks = shown(
         range(task.iterations * len(blocks)), task.iterations * len(blocks), "reconstructing", progress
@@ -101,25 +99,21 @@ def reconstruct(
         pair = twin(block, task.float_gm)
         expected = run(as_module(pair, task.float_gm), [exact[n] for n in pair.inputs])
         given = [quantized[n] for n in block.inputs]
-        if str(index) in finished:
-            store(task, rows, finished[str(index)])
+        if str(index) in kept.parts:
+            store(task, rows, kept.parts[str(index)])
         else:
             state, note = _improved(
                 task, block, rows, index, given, [exact[n] for n in pair.inputs], expected, ticks
             )
-            finished[str(index)] = state
             notes += [note] if note else []
-            if file is not None:
-                file.save(finished)
+            kept.keep(str(index), state)
         for path in block.calls():
             rows.pop(path, None)  # what a later block calls again has learned
         quantized |= dict(zip(block.outputs, run(as_module(block, task.gm), given), strict=True))
         exact |= dict(zip(pair.outputs, expected, strict=True))
         later = blocks[index + 1 :]
-        quantized = _kept(quantized, {n for b in later for n in b.inputs})
-        exact = _kept(exact, {n for b in later for n in twin(b, task.float_gm).inputs})
-    if file is not None:
-        file.remove()
+        quantized = _needed(quantized, {n for b in later for n in b.inputs})
+        exact = _needed(exact, {n for b in later for n in twin(b, task.float_gm).inputs})
     return notes
 
 
@@ -143,9 +137,9 @@ def can_learn(spec: Format) -> bool:
     return (spec.integer or spec.learned) and spec.bits <= _LEARNABLE_BITS
 
 
-def _owner(task: Task, inputs: tuple[Tensor, ...]) -> list[object]:
-    """What a saved state belongs to."""
-    settings = [task.plan.to_json(), task.iterations, task.seed, sorted(task.fixed)]
+def owner(task: Task, inputs: tuple[Tensor, ...], epochs: int) -> list[object]:
+    """What a saved state belongs to, with fine-tuning for so many epochs."""
+    settings = [task.plan.to_json(), task.iterations, epochs, task.seed, sorted(task.fixed)]
     return [settings, *inputs, *task.float_gm.state_dict().values(), *task.gm.state_dict().values()]
 
 
@@ -153,7 +147,7 @@ def _placed(gm: GraphModule, inputs: tuple[Tensor, ...]) -> Values:
     return dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), inputs, strict=True))
 
 
-def _kept(values: Values, needed: set[Node]) -> Values:
+def _needed(values: Values, needed: set[Node]) -> Values:
     return {node: value for node, value in values.items() if node in needed}
 
 

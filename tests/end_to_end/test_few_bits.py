@@ -144,6 +144,28 @@ def test_an_interrupted_reconstruction_goes_on_with_the_same_result(
     assert same(resumed, reconstructed) and not list(tmp_path.iterdir())
 
 
+def test_an_interrupted_fine_tuning_goes_on_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"weights": "int3", "weight_symmetric": False, "finetune": 4}
+    through, epochs = quantized(**options), []
+    save = progress_file.ProgressFile.save
+
+    def interrupted(self: progress_file.ProgressFile, parts: progress_file.Parts) -> None:
+        save(self, parts)
+        epochs.append(int(parts["finetune"]["epochs"]))
+        if epochs == [1, 2]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress_file.ProgressFile, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantized(**options, resume=tmp_path / "state")
+    with pytest.raises(CalibrationError, match="the state of another"):
+        quantized(**options | {"finetune": 5}, resume=tmp_path / "state")
+    resumed = quantized(**options, resume=tmp_path / "state")
+    assert epochs == [1, 2, 3, 4] and same(resumed, through) and not list(tmp_path.iterdir())
+
+
 def test_a_state_of_another_job_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
     file = progress_file.ProgressFile(tmp_path / "s.blocks", [{"seed": 1}, torch.zeros(2)])
     file.save({"0": {"a:codes": torch.ones(3)}})
