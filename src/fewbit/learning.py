@@ -30,7 +30,7 @@ def learn_on(
     Returns what was done, in sentences. Raises ``CalibrationError`` without data, ``DataError`` where it is read once.
     """
     samples = _samples(task, batches, facts)
-    file = None if resume is None else ProgressFile(f"{resume}.blocks", owner(task, samples, epochs))
+    file = None if resume is None else ProgressFile(f"{resume}.blocks", owner(task, samples))
     kept, notes = Progress(file), []
     if reconstructs(task.plan):
         notes += reconstruct(task, samples, progress, kept)

@@ -137,9 +137,9 @@ def can_learn(spec: Format) -> bool:
     return (spec.integer or spec.learned) and spec.bits <= _LEARNABLE_BITS
 
 
-def owner(task: Task, inputs: tuple[Tensor, ...], epochs: int) -> list[object]:
-    """What a saved state belongs to, with fine-tuning for so many epochs."""
-    settings = [task.plan.to_json(), task.iterations, epochs, task.seed, sorted(task.fixed)]
+def owner(task: Task, inputs: tuple[Tensor, ...]) -> list[object]:
+    """What a saved state belongs to; steps and epochs are in the plan's recipe."""
+    settings = [task.plan.to_json(), task.seed, sorted(task.fixed)]
     return [settings, *inputs, *task.float_gm.state_dict().values(), *task.gm.state_dict().values()]
 
 
