@@ -57,9 +57,9 @@ def quantize(
     file or a ``Recipe``; further keywords replace its values, as in ``quantize(model, data, weights="int4",
     equalize=True)``. ``target``: the runtime it is meant for. ``held_out``: inputs like those the model will see; a
     warning names the layers that would clip them much more than the calibration data. ``resume``: a file that keeps the
-    calibration's state if it is interrupted (and beside it one with ``.blocks`` at the end, for what is
-    learned); the same call goes on from there, with the same result. ``time``: with ``rounding="best"``, what the rounding may
-    take, such as ``"10 min"``: the strongest that fits is chosen, and a note in ``.facts`` says which. ``seed``: of
+    calibration's state if it is interrupted (and beside it one with ``.blocks`` at the end, for what is learned); the
+    same call goes on from there, with the same result. ``time``: with ``rounding="best"``, what the rounding may take,
+    such as ``"10 min"``: the strongest that fits is chosen, and a note in ``.facts`` says which. ``seed``: of
     reconstruction's random choices. ``progress``: show a bar on a terminal.
 
     What calibration saw, its memory and its warnings are in ``.facts``; warnings are also issued as
