@@ -69,6 +69,15 @@ def test_tables_larger_than_a_channel_are_refused_by_layer_name() -> None:
     assert plan(Rule("head", weights="codebook7_shared")).row("head.weight").rounding == "kmeans"
 
 
+def test_channels_smaller_than_a_table_share_one_unless_a_rule_asks_otherwise() -> None:
+    row = plan(Rule("conv", weights="int8"), weights="codebook7").row("head.weight")
+    assert row.scheme == Scheme("codebook7_shared", axis=0, granularity="channel")
+    assert "codebook7_shared: the layer's channels are smaller than a table of codebook7" in row.because
+    assert plan(weights="codebook6").row("head.weight").scheme == Scheme(
+        "codebook6", axis=0, granularity="channel"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "why"), [("mxfp4", "shares scales among blocks"), ("codebook4", "is fitted to")]
 )

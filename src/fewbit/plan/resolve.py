@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fewbit.errors import FormatError, PlanError, RecipeError
-from fewbit.numerics.codebooks import check_codebook
+from fewbit.numerics.codebooks import check_codebook, shared_table
 from fewbit.numerics.format import Format, get_format
 from fewbit.numerics.scheme import Granularity, Scheme, block_count
 from fewbit.plan.plan import DERIVED, Plan, Row, Site
@@ -110,10 +110,12 @@ def _weight_means(settings: _Settings, scheme: Scheme) -> tuple[str, str, str]:
     """Range estimator and rounding: the format's own where the recipe has the defaults; and a remark on that."""
     spec, observer, rounding = scheme.spec, settings.weight_observer, settings.rounding
     note = ""
+    if spec.name != settings.weights:
+        note = f"; {spec.name}: the layer's channels are smaller than a table of {settings.weights}"
     if spec.learned:
         observer = "minmax"  # nothing saturates: the table is fitted to all numbers
     elif observer == "minmax" != spec.observer:
-        observer, note = spec.observer, f"; {spec.name} takes its scales from {spec.observer}"
+        observer, note = spec.observer, f"{note}; {spec.name} takes its scales from {spec.observer}"
     if rounding == "nearest" != spec.rounding:
         rounding, note = spec.rounding, f"{note}; {spec.name} is rounded by {spec.rounding}"
     return observer, rounding, note
@@ -140,9 +142,23 @@ def _weight_scheme(settings: _Settings, site: Site) -> Scheme | None:
         scheme = Scheme(settings.weights, granularity, site.axis, size, symmetric, narrow=narrow)
         block_count(site.shape, scheme)
         if spec.learned:
-            check_codebook(site.shape, scheme)
+            scheme = _with_room_for_tables(scheme, site, recipe_wide=not settings.because)
     except FormatError as error:
         raise PlanError(f"layer '{site.layer}': {error}") from error
+    return scheme
+
+
+def _with_room_for_tables(scheme: Scheme, site: Site, recipe_wide: bool) -> Scheme:
+    """The scheme, with one table for all channels where the recipe gives all layers a table for each channel and
+    this layer has channels smaller than a table (depthwise convolutions do). Raises FormatError for any other
+    tables larger than what they serve."""
+    try:
+        check_codebook(site.shape, scheme)
+    except FormatError:
+        if not recipe_wide or scheme.granularity != "channel" or shared_table(scheme):
+            raise
+        scheme = dataclasses.replace(scheme, format=f"{scheme.format}_shared")
+        check_codebook(site.shape, scheme)
     return scheme
 
 
