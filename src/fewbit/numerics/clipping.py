@@ -49,7 +49,9 @@ def search_clipping(
     single = symmetric or bool((lo == 0).all()) or bool((hi == 0).all())
     shrink, steps = (_SHRINK_ONE, _STEPS_ONE) if single else (_SHRINK_TWO, _STEPS_TWO)
     grid = shrink ** torch.arange(steps, dtype=torch.float64, device=lo.device)
-    fine = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0], dtype=torch.float64, device=lo.device)
+    # With one bound to move, the best so far need not be tried again.
+    steps_about = [2.0, 1.0, -1.0, -2.0] if single else [2.0, 1.0, 0.0, -1.0, -2.0]
+    fine = torch.tensor(steps_about, dtype=torch.float64, device=lo.device)
     best = torch.ones(lo.numel(), 2, dtype=torch.float64, device=lo.device)
     least = torch.full_like(lo, torch.inf)
     for turn in range(rounds + 1):

@@ -114,7 +114,7 @@ def losses(error: Tensor, factored: Factor, enough: Tensor | None = None) -> Ten
         part = factored.lower[low:, low:top].T @ error[low:]
         total[some] += part.square_().sum(dim=0, dtype=torch.float64)
         still = total[some] <= limit[some]
-        if not bool(still.all()):
+        if 2 * int(still.sum()) < len(some):  # fewer would not pay for the copy
             some, error = some[still], error[:, still]
     return total
 

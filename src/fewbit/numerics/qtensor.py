@@ -1,6 +1,8 @@
 """A quantized tensor, and the quantize-dequantize step that stands for it in a simulation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -88,10 +90,11 @@ class QTensor:
             rows = blocks(self.codes, self.scheme).long()
             value = self.codebook.expand(len(rows), -1).gather(1, rows)
             return unblocks(value * self.scale.reshape(-1, 1), self.shape, self.scheme)
-        value = self.scheme.spec.decode(self.codes)
-        return (value - _spread(self.zero_point, self.shape, self.scheme)) * _spread(
-            self.scale, self.shape, self.scheme
-        )
+        decode = self.scheme.spec.decode
+        return _per_block(
+            lambda codes, scale, zero_point: (decode(codes) - zero_point).mul_(scale),
+            self.codes, self.scale, self.zero_point, self.scheme,
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
@@ -118,14 +121,14 @@ def normalise(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> T
     other way. The division is a float32 division, as in ONNX QuantizeLinear; a product with 1 / scale rounds
     differently. Shapes as in `fake_quantize`.
     """
-    return _normalise(x, _spread(scale, x.shape, scheme), _spread(zero_point, x.shape, scheme), scheme)
+    return _per_block(partial(_normalise, scheme=scheme), x, scale, zero_point, scheme)
 
 
 def _normalise(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
-    v = x / scale
+    v = x / scale  # the only new memory: large tensors spend most of their time on fetching it
     if scheme.spec.integer:
-        v = torch.round(v) + zero_point
-    return v.clamp(scheme.qmin, scheme.qmax)
+        v.round_().add_(zero_point)
+    return v.clamp_(scheme.qmin, scheme.qmax)
 
 
 def encode(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
@@ -156,18 +159,18 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) 
     Returns:
         float32 in x's shape; equal to the dequantized QTensor with the same scale and zero point.
     """
-    return _fake_quantize(x, _spread(scale, x.shape, scheme), _spread(zero_point, x.shape, scheme), scheme)
+    return _per_block(partial(_fake_quantize, scheme=scheme), x, scale, zero_point, scheme)
 
 
 def fake_quantize_rows(rows: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
-    """`fake_quantize` of a tensor given as its blocks: rows float32 [C, any], scale and zero_point [C]."""
-    return _fake_quantize(rows, scale.reshape(-1, 1), zero_point.reshape(-1, 1), scheme)
+    """`fake_quantize` of a tensor given as its blocks: rows float32 [..., any], scale and zero_point [...]."""
+    return _fake_quantize(rows, scale.unsqueeze(-1), zero_point.unsqueeze(-1), scheme)
 
 
 def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
     v = _normalise(x, scale, zero_point, scheme)
-    value = v - zero_point if scheme.spec.integer else scheme.spec.nearest(v)
-    return value * scale
+    value = v.sub_(zero_point) if scheme.spec.integer else scheme.spec.nearest(v)
+    return value.mul_(scale)
 
 
 def _check_codebook(codes: Tensor, codebook: Tensor | None, scheme: Scheme, count: int) -> None:
@@ -193,13 +196,15 @@ def _check_codebook(codes: Tensor, codebook: Tensor | None, scheme: Scheme, coun
         raise FormatError("codebook holds infinities or NaN: the file is damaged")
 
 
-def _spread(per_block: Tensor, shape: tuple[int, ...] | torch.Size, scheme: Scheme) -> Tensor:
-    """A value per block [C], shaped to broadcast against a tensor of `shape`; expanded to it for groups."""
-    if scheme.granularity == "tensor":
-        return per_block.reshape(())
+def _per_block(
+    f: Callable[..., Tensor], x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme
+) -> Tensor:
+    """f(x, scale, zero_point), elementwise, with the parameters of each number's block [C] beside it."""
+    if scheme.granularity == "group":
+        rows = f(blocks(x, scheme), scale.reshape(-1, 1), zero_point.reshape(-1, 1))
+        return unblocks(rows, x.shape, scheme)
+    beside: list[int] = []
     if scheme.granularity == "channel":
-        ones = [1] * len(shape)
-        ones[scheme.axis] = -1
-        return per_block.reshape(ones)
-    size = scheme.group_size or 1
-    return unblocks(per_block.reshape(-1, 1).expand(-1, size), shape, scheme)
+        beside = [1] * x.dim()
+        beside[scheme.axis] = -1
+    return f(x, scale.reshape(beside), zero_point.reshape(beside))

@@ -45,7 +45,7 @@ class SquaredErrorObserver(HistogramObserver):
             return super().bounds_of(x, statistics)
         self._widen(*extremes(x, self.scheme))
         rows = blocks(x.detach().to(torch.float32), self.scheme)
-        weights = torch.ones_like(rows) if importance is None else blocks(importance.to(rows), self.scheme)
+        weights = None if importance is None else blocks(importance.to(rows), self.scheme)
         least, most = self.observed()
         loss = squared_error(rows, weights, self.scheme)
         lo, hi = least.clamp(max=0), most.clamp(min=0)
@@ -66,11 +66,11 @@ class SquaredErrorObserver(HistogramObserver):
         return (edges[:, :-1] + place * (edges[:, 1:2] - edges[:, 0:1])).to(torch.float32)
 
 
-def squared_error(points: Tensor, weights: Tensor, scheme: Scheme) -> Loss:
+def squared_error(points: Tensor, weights: Tensor | None, scheme: Scheme) -> Loss:
     """The loss of ranges: weights * (points - Q(points))**2, summed over each block.
 
     Args:
-        points: float32 [C, n]; weights: float [C, n], summed in their dtype.
+        points: float32 [C, n]; weights: float [C, n], summed in their dtype; None for ones.
     """
 
     def loss(low: Tensor, high: Tensor) -> Tensor:
@@ -78,12 +78,12 @@ def squared_error(points: Tensor, weights: Tensor, scheme: Scheme) -> Loss:
         sums = []
         for start in range(0, low.shape[0], step):
             part = slice(start, start + step)
-            shape = (*low[part].shape, points.shape[1])
-            x = points[part].unsqueeze(1).expand(shape).reshape(-1, points.shape[1])
-            scale, zero_point = qparams(low[part].reshape(-1), high[part].reshape(-1), scheme)
-            error = (fake_quantize_rows(x, scale, zero_point, scheme) - x).square_().reshape(shape)
-            # A batch of products of a matrix and a vector, of this shape, takes twice as long.
-            error = error.to(weights.dtype).mul_(weights[part].unsqueeze(1))
+            x = points[part].unsqueeze(1)
+            scale, zero_point = qparams(low[part], high[part], scheme)
+            error = fake_quantize_rows(x, scale, zero_point, scheme).sub_(x).square_()
+            if weights is not None:
+                # A batch of products of a matrix and a vector, of this shape, takes twice as long.
+                error = error.to(weights.dtype).mul_(weights[part].unsqueeze(1))
             sums.append(error.sum(dim=2).to(torch.float64))
         return torch.cat(sums)
 

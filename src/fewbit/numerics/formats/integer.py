@@ -33,7 +33,7 @@ class Integer(Format):
         self.code_dtype = small if bits <= 8 else wide
 
     def nearest(self, v: Tensor) -> Tensor:
-        return torch.round(v).clamp(self.qmin, self.qmax)
+        return torch.round(v).clamp_(self.qmin, self.qmax)
 
     def encode(self, v: Tensor) -> Tensor:
         return self.nearest(v).to(self.code_dtype)
