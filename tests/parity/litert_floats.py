@@ -2,9 +2,7 @@
 
 import importlib
 import tempfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +18,6 @@ from fewbit.targets._litert.prepare import prepare
 from fewbit.targets._litert.reader import read_back
 from fewbit.targets._litert.runtime import Session
 from fewbit.targets._litert.writer import Writer
-
-Function = Callable[..., Any]
 
 
 def lowered(module: nn.Module, *inputs: Tensor) -> Program:
@@ -105,26 +101,3 @@ def kinds(content: bytes) -> list[str]:
     model = schema.ModelT.InitFromPackedBuf(content)
     names = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
     return [names[model.operatorCodes[op.opcodeIndex].builtinCode] for op in model.subgraphs[0].operators]
-
-
-class Functions(nn.Module):
-    """Several functions of the same inputs, as one model with one output each."""
-
-    def __init__(self, functions: Sequence[Function]) -> None:
-        super().__init__()
-        self.functions = list(functions)
-
-
-class One(Functions):
-    def forward(self, x: Tensor) -> Any:
-        return [f(x) for f in self.functions]
-
-
-class Two(Functions):
-    def forward(self, x: Tensor, y: Tensor) -> Any:
-        return [f(x, y) for f in self.functions]
-
-
-class Three(Functions):
-    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Any:
-        return [f(x, y, z) for f in self.functions]

@@ -1,8 +1,5 @@
 """The real path of a float model into ONNX Runtime: read, lower, write, check, run, compare."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import numpy as np
 import onnx
 import torch
@@ -16,36 +13,6 @@ from fewbit.model.simulate import QuantizedModel
 from fewbit.plan.plan import Plan
 from fewbit.targets._onnx.runtime import session
 from fewbit.targets._onnx.writer import Writer
-
-Function = Callable[..., Any]
-
-
-class Functions(nn.Module):
-    """Several functions of the same inputs, as one model with one output each."""
-
-    def __init__(self, functions: Sequence[Function]) -> None:
-        super().__init__()
-        self.functions = list(functions)
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return [f(*inputs) for f in self.functions]
-
-
-class One(Functions):
-    """The same for models that take one input (``torch.export`` reads the signature)."""
-
-    def forward(self, x: Tensor) -> Any:
-        return [f(x) for f in self.functions]
-
-
-class Two(Functions):
-    def forward(self, x: Tensor, y: Tensor) -> Any:
-        return [f(x, y) for f in self.functions]
-
-
-class Three(Functions):
-    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Any:
-        return [f(x, y, z) for f in self.functions]
 
 
 def program(module: nn.Module, *inputs: Tensor, batch_only: bool = False) -> Program:

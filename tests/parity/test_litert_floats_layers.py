@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("ai_edge_litert")
 
-from litert_floats import One, check, kinds
+from float_functions import One
+from litert_floats import check, kinds
 from networks import Attention, Gamma, Loose, ResNet, Tied, Token, Twice
 
 

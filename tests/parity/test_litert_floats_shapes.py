@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("ai_edge_litert")
 
-from litert_floats import Function, One, answers, check, file, kinds, lowered
+from float_functions import Function, One
+from litert_floats import answers, check, file, kinds, lowered
 
 from fewbit.targets._litert.prepare import prepare
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from onnx_floats import Function, One, longer, run, written
+from float_functions import Function, One
+from onnx_floats import longer, run, written
 from torch import Tensor
 
 from fewbit.model.lowering import lower
