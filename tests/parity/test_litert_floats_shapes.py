@@ -7,94 +7,11 @@ from torch import Tensor, nn
 
 pytest.importorskip("ai_edge_litert")
 
-from float_functions import Function, One
+from float_functions import Function, One, sample
+from float_moves import MOVES, OF_FIXED_IMAGES, PADDING, POOLS, RESIZES
 from litert_floats import answers, check, file, kinds, lowered
 
 from fewbit.targets._litert.prepare import prepare
-
-
-def _x(*sizes: int) -> Tensor:
-    return torch.randn(*sizes, generator=torch.Generator().manual_seed(2))
-
-
-MOVES: dict[str, tuple[Tensor, list[Function]]] = {
-    "shapes": (
-        _x(3, 4, 6),
-        [
-            lambda x: x.flatten(1),
-            lambda x: x.unsqueeze(1).unsqueeze(-1),
-            lambda x: x[:, None, :, :].squeeze(1),
-            lambda x: x.transpose(1, 2),
-            lambda x: x.permute(2, 0, 1),
-            lambda x: x.mT,
-            lambda x: x.movedim(0, 2),
-            lambda x: x.unflatten(2, (2, 3)),
-        ],
-    ),
-    "parts": (
-        _x(3, 4, 6),
-        [
-            lambda x: x[:, 1:3],
-            lambda x: x[:, :, ::2],
-            lambda x: x[:, -3:-1],
-            lambda x: x[:, 2],
-            lambda x: x[:, -1, 3],
-            lambda x: x.narrow(1, 1, 2),
-            lambda x: x.split([1, 3], 1)[1],
-            lambda x: torch.cat(x.chunk(2, 2)[::-1], 1),
-            lambda x: x.unbind(1)[2],
-            lambda x: x.index_select(1, torch.tensor([3, 0, 0])),
-            lambda x: x[:, : x.shape[1] - 1],
-            lambda x: x[:, x.shape[1] // 2],
-        ],
-    ),
-    "copies": (
-        _x(3, 4, 6),
-        [
-            lambda x: x.unsqueeze(1).expand(-1, 5, -1, -1),
-            lambda x: x[:, :1].expand(x.shape[0], 4, 6),
-            lambda x: x.repeat(1, 2, 1),
-            lambda x: x.repeat_interleave(3, 1),
-            lambda x: x.flip(1),
-            lambda x: x.flip(2, 1),
-            lambda x: x.roll(1, 1),
-            lambda x: x.roll((2, -5), (1, 2)),
-            lambda x: torch.tile(x, (2, 1)),
-        ],
-    ),
-    "sizes": (
-        _x(3, 4, 6),
-        [
-            lambda x: x + x.shape[1],
-            lambda x: torch.arange(x.shape[1]) + 1,
-            lambda x: x * torch.arange(x.shape[2]),
-            lambda x: x.reshape(x.shape[0] * x.shape[1], -1),
-        ],
-    ),
-    "pixels": (
-        _x(2, 8, 4, 6),
-        [
-            lambda x: F.pixel_shuffle(x, 2),
-            lambda x: F.pixel_unshuffle(x, 2),
-            lambda x: F.channel_shuffle(x, 4),
-            lambda x: x.reshape(x.shape[0], 2, -1, 4),
-            lambda x: x.view(x.shape[0], x.shape[1] * 2, x.shape[2] // 2, x.shape[3]),
-        ],
-    ),
-    "padding": (
-        _x(2, 3, 5, 6),
-        [
-            *(
-                lambda x, m=m: F.pad(x, (2, 1, 0, 3), m)
-                for m in ("constant", "reflect", "replicate", "circular")
-            ),
-            lambda x: F.pad(x, (1, 2), value=3.5),
-            lambda x: F.pad(x, (-1, 2, 1, -2)),
-            lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)),
-            lambda x: F.pad(x, (1, 1), value=-float("inf")).exp(),
-        ],
-    ),
-}
 
 
 @pytest.mark.parametrize("name", MOVES)
@@ -103,58 +20,12 @@ def test_moves(name: str) -> None:
     check(One(functions), x, tolerance=1e-6)
 
 
-POOLS: dict[str, tuple[Tensor, list[Function]]] = {
-    "1d": (
-        _x(2, 3, 11),
-        [
-            lambda x: F.max_pool1d(x, 3, 2, 1),
-            lambda x: F.max_pool1d(x, 3, 2, dilation=2),
-            lambda x: F.max_pool1d(x, 2, 3, ceil_mode=True),
-            lambda x: F.avg_pool1d(x, 3, 2, 1),
-            lambda x: F.avg_pool1d(x, 3, 2, 1, True, False),
-            lambda x: F.avg_pool1d(x, 2, 2, ceil_mode=True),
-            lambda x: F.adaptive_avg_pool1d(x, 4),
-            lambda x: F.adaptive_max_pool1d(x, 5),
-            lambda x: F.adaptive_avg_pool1d(x, 1),
-        ],
-    ),
-    "2d_maximum": (
-        _x(2, 3, 11, 8),
-        [
-            lambda x: F.max_pool2d(x, 2),
-            lambda x: F.max_pool2d(x, (3, 2), (2, 1), (1, 0)),
-            lambda x: F.max_pool2d(x, 3, 2, 1, dilation=(1, 2)),
-            lambda x: F.max_pool2d(x, 3, 2, ceil_mode=True),
-            lambda x: F.max_pool2d(x, 2, 3, 1, ceil_mode=True),
-            lambda x: F.max_pool2d(x, 3, 2, 1, (2, 1), True),
-            lambda x: F.adaptive_max_pool2d(x, 1),
-            lambda x: F.adaptive_max_pool2d(x, (3, 5)),
-            lambda x: F.adaptive_max_pool2d(x, (None, 4)),
-            lambda x: x.amax((2, 3)),
-            lambda x: x.amin(1, True),
-        ],
-    ),
-    "2d_mean": (
-        _x(2, 3, 11, 8),
-        [
-            lambda x: F.avg_pool2d(x, 2),
-            lambda x: F.avg_pool2d(x, (3, 2), (2, 1), (1, 0)),
-            lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
-            lambda x: F.avg_pool2d(x, 3, 2, 1, divisor_override=4),
-            lambda x: F.avg_pool2d(x, 3, 2, 1, True),
-            lambda x: F.avg_pool2d(x, 3, 2, 1, True, False),
-            lambda x: F.avg_pool2d(x, 2, 3, 1, True),
-            lambda x: F.avg_pool2d(x, 3, 2, 0, True, True, 5),
-            lambda x: F.adaptive_avg_pool2d(x, 1),
-            lambda x: F.adaptive_avg_pool2d(x, (4, 3)),
-            lambda x: F.adaptive_avg_pool2d(x, (None, 2)),
-        ],
-    ),
-    "2d_divisible": (
-        _x(2, 3, 8, 6),
-        [lambda x: F.adaptive_avg_pool2d(x, (4, 3)), lambda x: F.adaptive_max_pool2d(x, 2)],
-    ),
-}
+def test_moves_of_fixed_images() -> None:
+    check(One(OF_FIXED_IMAGES), sample(2, 8, 4, 6), tolerance=1e-6)
+
+
+def test_padding() -> None:
+    check(One(PADDING), sample(2, 3, 5, 6), tolerance=1e-6)
 
 
 class Behind(nn.Module):
@@ -198,26 +69,26 @@ def test_axes_follow_the_order_of_storage() -> None:
         lambda x: x + torch.arange(4.0)[:, None, None],
         lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
     ]
-    check(Behind(functions), _x(2, 3, 7, 6))
+    check(Behind(functions), sample(2, 3, 7, 6))
 
 
 def test_what_cannot_follow_the_batch_is_written_for_one_sample() -> None:
     model = One(
         [lambda x: torch.zeros(x.shape[0], 2) + 1, lambda x: x.new_zeros(x.shape[0], 3) + x[:, 0, :3]]
     )
-    program, _ = check(model, _x(3, 4, 6))
+    program, _ = check(model, sample(3, 4, 6))
     assert program.input_shapes == [(1, 4, 6)]
 
 
 def test_a_number_that_is_the_batch_size_fixes_it() -> None:
-    model, x = One([lambda x: x * x.shape[0]]), _x(3, 4, 6)
+    model, x = One([lambda x: x * x.shape[0]]), sample(3, 4, 6)
     program = prepare(lowered(model, x))
     assert program.input_shapes == [(1, 4, 6)]
     assert torch.equal(answers(file(program), x[:1])[0], x[:1])
 
 
 def test_steps_of_torch_that_hold_the_batch_size_fix_it() -> None:
-    check(One([lambda x: F.unfold(x, 2, padding=1)]), _x(3, 2, 4, 5))
+    check(One([lambda x: F.unfold(x, 2, padding=1)]), sample(3, 2, 4, 5))
 
 
 @pytest.mark.parametrize("name", POOLS)
@@ -226,74 +97,38 @@ def test_pooling(name: str) -> None:
     check(One(functions), x)
 
 
-RESIZES: dict[str, tuple[Tensor, list[Function]]] = {
-    "nearest": (
-        _x(2, 3, 5, 7),
-        [
-            lambda x: F.interpolate(x, scale_factor=2),
-            lambda x: F.interpolate(x, scale_factor=(3, 1)),
-            lambda x: F.interpolate(x, scale_factor=(1.7, 0.6)),
-            lambda x: F.interpolate(x, size=(9, 4)),
-        ],
-    ),
-    "bilinear": (
-        _x(2, 3, 5, 7),
-        [
-            lambda x, m=m, a=a, k=k: F.interpolate(x, mode=m, align_corners=a, **k)
-            for m in ("bilinear", "bicubic")
-            for a in (False, True)
-            for k in ({"scale_factor": 2}, {"scale_factor": (1.5, 0.7)}, {"size": (8, 4)}, {"size": (1, 11)})
-        ],
-    ),
-    "linear": (
-        _x(2, 3, 7),
-        [
-            lambda x: F.interpolate(x, scale_factor=2),
-            lambda x: F.interpolate(x, size=10),
-            *(
-                lambda x, a=a: F.interpolate(x, size=10, mode="linear", align_corners=a)
-                for a in (False, True)
-            ),
-        ],
-    ),
-    "solid": (
-        _x(2, 2, 3, 4, 5),
-        [
-            lambda x: F.interpolate(x, size=(5, 6, 3), mode="trilinear"),
-            lambda x: F.interpolate(x, scale_factor=2),
-            lambda x: F.adaptive_avg_pool3d(x, (2, 3, 1)),
-        ],
-    ),
-    "antialias": (
-        _x(2, 3, 8, 9),
-        [lambda x: F.interpolate(x, size=(4, 5), mode="bilinear", antialias=True)],
-    ),
-}
-
-
 @pytest.mark.parametrize("name", RESIZES)
 def test_interpolation(name: str) -> None:
     x, functions = RESIZES[name]
     check(One(functions), x)
 
 
+def test_solids() -> None:
+    functions: list[Function] = [
+        lambda x: F.interpolate(x, size=(5, 6, 3), mode="trilinear"),
+        lambda x: F.interpolate(x, scale_factor=2),
+        lambda x: F.adaptive_avg_pool3d(x, (2, 3, 1)),
+    ]
+    check(One(functions), sample(2, 2, 3, 4, 5))
+
+
 def test_bilinear_is_one_operator_where_it_computes_the_same() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(4, 2, 1)
     )
-    _, content = check(model, _x(2, 3, 5, 7))
+    _, content = check(model, sample(2, 3, 5, 7))
     assert kinds(content) == ["TRANSPOSE", "CONV_2D", "RESIZE_BILINEAR", "CONV_2D", "TRANSPOSE"]
 
 
 def test_zeros_around_an_image_between_layers() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(4, 4, 3, 2))
-    _, content = check(model, _x(2, 3, 8, 6))
+    _, content = check(model, sample(2, 3, 8, 6))
     assert kinds(content) == ["TRANSPOSE", "CONV_2D", "PAD", "CONV_2D", "TRANSPOSE"]
 
 
 def test_one_high_images_are_not_flattened_between_layers() -> None:
     model = nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(4, 2, 3, padding=1))
-    _, content = check(model, _x(2, 3, 12))
+    _, content = check(model, sample(2, 3, 12))
     assert kinds(content) == [
         "TRANSPOSE",
         "RESHAPE",

@@ -1,93 +1,30 @@
-"""Operators that move, repeat, select, pool or interpolate: on floats through the real path."""
+"""Operators that move, repeat, select, pool or interpolate: ONNX Runtime answers as torch does."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from float_functions import Function, One
+from float_functions import Function, One, sample
+from float_moves import MOVES, OF_FIXED_IMAGES, PADDING, POOLS, RESIZES
 from onnx_floats import check
 from torch import Tensor
 
-
-def _x(*sizes: int) -> Tensor:
-    return torch.randn(*sizes, generator=torch.Generator().manual_seed(2))
-
-
-MOVES: dict[str, tuple[Tensor, list[Function]]] = {
-    "shapes": (
-        _x(3, 4, 6),
-        [
-            lambda x: x.flatten(1),
-            lambda x: x.flatten(0, 1),
-            lambda x: x.unsqueeze(1).unsqueeze(-1),
-            lambda x: x[:, None, :, :].squeeze(1),
-            lambda x: x.transpose(1, 2),
-            lambda x: x.transpose(-1, 0),
-            lambda x: x.permute(2, 0, 1),
-            lambda x: x.permute(-1, -3, -2),
-            lambda x: x.mT,
-            lambda x: x.movedim(0, 2),
-            lambda x: x.unflatten(2, (2, 3)),
-        ],
-    ),
-    "parts": (
-        _x(3, 4, 6),
-        [
-            lambda x: x[:, 1:3],
-            lambda x: x[:, :, ::2],
-            lambda x: x[:, -3:-1],
-            lambda x: x[1:, :, 5:],
-            lambda x: x[:, 2],
-            lambda x: x[:, -1, 3],
-            lambda x: x[-1],
-            lambda x: x.narrow(1, 1, 2),
-            lambda x: x.split([1, 3], 1)[1],
-            lambda x: torch.cat(x.chunk(2, 2)[::-1], 1),
-            lambda x: x.unbind(1)[2],
-            lambda x: x.index_select(1, torch.tensor([3, 0, 0])),
-        ],
-    ),
-    "copies": (
-        _x(3, 4, 6),
-        [
-            lambda x: x.unsqueeze(1).expand(-1, 5, -1, -1),
-            lambda x: x[:, :1].expand(x.shape[0], 4, 6),
-            lambda x: x.repeat(1, 2, 1),
-            lambda x: x.repeat(2, 1, 1, 3),
-            lambda x: x.repeat_interleave(3, 1),
-            lambda x: x.repeat_interleave(2, 0),
-            lambda x: x.repeat_interleave(2),
-            lambda x: x.flip(1),
-            lambda x: x.flip(0, -1),
-            lambda x: x.roll(1, 1),
-            lambda x: x.roll((2, -5), (1, 2)),
-            lambda x: x.roll(7, 0),
-            lambda x: x.roll(5),
-            lambda x: torch.tile(x, (2, 1)),
-        ],
-    ),
-    "free_sizes": (
-        _x(3, 4, 6),
-        [
-            lambda x: x[:, : x.shape[1] - 1],
-            lambda x: x[:, x.shape[1] // 2],
-            lambda x: x[:, :1].expand(x.shape),
-            lambda x: torch.zeros(x.shape[0], 2) + 1,
-            lambda x: x + x.shape[1],
-            lambda x: torch.arange(x.shape[1]) + 1,
-            lambda x: x * torch.arange(x.shape[2]),
-            lambda x: x.reshape(x.shape[0] * x.shape[1], -1),
-        ],
-    ),
-    "pixels": (
-        _x(2, 8, 4, 6),
-        [
-            lambda x: F.pixel_shuffle(x, 2),
-        ],
-    ),
-}
-
-
 FREE = pytest.mark.parametrize("batch_only", [False, True], ids=["free", "batch"])
+
+ACROSS_THE_BATCH: list[Function] = [
+    lambda x: x.flatten(0, 1),
+    lambda x: x.transpose(-1, 0),
+    lambda x: x.permute(-1, -3, -2),
+    lambda x: x[1:, :, 5:],
+    lambda x: x[-1],
+    lambda x: x.repeat(2, 1, 1, 3),
+    lambda x: x.repeat_interleave(2, 0),
+    lambda x: x.repeat_interleave(2),
+    lambda x: x.flip(0, -1),
+    lambda x: x.roll(7, 0),
+    lambda x: x.roll(5),
+    lambda x: x[:, :1].expand(x.shape),
+    lambda x: torch.zeros(x.shape[0], 2) + 1,
+]
 
 
 @FREE
@@ -97,82 +34,17 @@ def test_moves(name: str, batch_only: bool) -> None:
     check(One(functions), x, rtol=0, atol=0, batch_only=batch_only)
 
 
-def test_moves_that_torch_traces_with_fixed_images_only() -> None:
-    functions = [
-        lambda x: x.reshape(x.shape[0], 2, -1, 4),
-        lambda x: x.reshape(x.shape[0], 16, 12),
-        lambda x: x.view(x.shape[0], x.shape[1] * 2, x.shape[2] // 2, x.shape[3]),
-        lambda x: F.pixel_unshuffle(x, 2),
-        lambda x: F.channel_shuffle(x, 4),
-    ]
-    check(One(functions), _x(2, 8, 4, 6), rtol=0, atol=0, batch_only=True)
+@FREE
+def test_moves_across_the_batch(batch_only: bool) -> None:
+    check(One(ACROSS_THE_BATCH), sample(3, 4, 6), rtol=0, atol=0, batch_only=batch_only)
 
 
-POOLS: dict[str, tuple[Tensor, list[Function]]] = {
-    "1d": (
-        _x(2, 3, 11),
-        [
-            lambda x: F.max_pool1d(x, 3, 2, 1),
-            lambda x: F.max_pool1d(x, 3, 2, dilation=2),
-            lambda x: F.max_pool1d(x, 2, 3, ceil_mode=True),
-            lambda x: F.avg_pool1d(x, 3, 2, 1),
-            lambda x: F.avg_pool1d(x, 3, 2, 1, True, False),
-            lambda x: F.avg_pool1d(x, 2, 2, ceil_mode=True),
-            lambda x: F.adaptive_avg_pool1d(x, 4),
-            lambda x: F.adaptive_max_pool1d(x, 5),
-            lambda x: F.adaptive_avg_pool1d(x, 1),
-        ],
-    ),
-    "2d_maximum": (
-        _x(2, 3, 11, 8),
-        [
-            lambda x: F.max_pool2d(x, 2),
-            lambda x: F.max_pool2d(x, (3, 2), (2, 1), (1, 0)),
-            lambda x: F.max_pool2d(x, 3, 2, 1, dilation=(1, 2)),
-            lambda x: F.max_pool2d(x, 3, 2, ceil_mode=True),
-            lambda x: F.max_pool2d(x, 2, 3, 1, ceil_mode=True),
-            lambda x: F.max_pool2d(x, 3, 2, 1, (2, 1), True),
-            lambda x: F.adaptive_max_pool2d(x, 1),
-            lambda x: F.adaptive_max_pool2d(x, (3, 5)),
-            lambda x: F.adaptive_max_pool2d(x, (None, 4)),
-            lambda x: x.amax((2, 3)),
-            lambda x: x.amin(1, True),
-        ],
-    ),
-    "2d_mean": (
-        _x(2, 3, 11, 8),
-        [
-            lambda x: F.avg_pool2d(x, 2),
-            lambda x: F.avg_pool2d(x, (3, 2), (2, 1), (1, 0)),
-            lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
-            lambda x: F.avg_pool2d(x, 3, 2, 1, divisor_override=4),
-            lambda x: F.avg_pool2d(x, 3, 2, 1, True),
-            lambda x: F.avg_pool2d(x, 3, 2, 1, True, False),
-            lambda x: F.avg_pool2d(x, 2, 3, 1, True),
-            lambda x: F.avg_pool2d(x, 2, 3, 1, True, False),
-            lambda x: F.avg_pool2d(x, 3, 2, 0, True, True, 5),
-            lambda x: F.adaptive_avg_pool2d(x, 1),
-            lambda x: F.adaptive_avg_pool2d(x, (4, 3)),
-            lambda x: F.adaptive_avg_pool2d(x, (None, 2)),
-        ],
-    ),
-    "2d_divisible": (
-        _x(2, 3, 8, 6),
-        [lambda x: F.adaptive_avg_pool2d(x, (4, 3)), lambda x: F.adaptive_max_pool2d(x, 2)],
-    ),
-    "3d": (
-        _x(2, 2, 5, 6, 7),
-        [
-            lambda x: F.max_pool3d(x, 2, 2, 1),
-            lambda x: F.max_pool3d(x, (2, 3, 2), ceil_mode=True),
-            lambda x: F.avg_pool3d(x, 3, 2, 1),
-            lambda x: F.avg_pool3d(x, 2, 2, 1, True, False),
-            lambda x: F.adaptive_avg_pool3d(x, (2, 3, 1)),
-            lambda x: F.adaptive_avg_pool3d(x, 1),
-            lambda x: F.adaptive_max_pool3d(x, 2),
-        ],
-    ),
-}
+def test_moves_of_fixed_images() -> None:
+    check(One(OF_FIXED_IMAGES), sample(2, 8, 4, 6), rtol=0, atol=0, batch_only=True)
+
+
+def test_padding() -> None:
+    check(One(PADDING), sample(2, 3, 5, 6), rtol=1e-6, atol=1e-6)
 
 
 @FREE
@@ -182,69 +54,48 @@ def test_pooling(name: str, batch_only: bool) -> None:
     check(One(functions), x, batch_only=batch_only)
 
 
-RESIZES: dict[str, tuple[Tensor, list[Function]]] = {
-    "nearest": (
-        _x(2, 3, 5, 7),
+@FREE
+def test_pooling_of_solids(batch_only: bool) -> None:
+    functions: list[Function] = [
+        lambda x: F.max_pool3d(x, 2, 2, 1),
+        lambda x: F.max_pool3d(x, (2, 3, 2), ceil_mode=True),
+        lambda x: F.avg_pool3d(x, 3, 2, 1),
+        lambda x: F.avg_pool3d(x, 2, 2, 1, True, False),
+        lambda x: F.adaptive_avg_pool3d(x, (2, 3, 1)),
+        lambda x: F.adaptive_avg_pool3d(x, 1),
+        lambda x: F.adaptive_max_pool3d(x, 2),
+    ]
+    check(One(functions), sample(2, 2, 5, 6, 7), batch_only=batch_only)
+
+
+ALSO_RESIZED: dict[str, tuple[Tensor, list[Function]]] = {
+    "recomputed": (
+        sample(2, 3, 5, 7),
         [
-            lambda x: F.interpolate(x, scale_factor=2),
-            lambda x: F.interpolate(x, scale_factor=(3, 1)),
-            lambda x: F.interpolate(x, scale_factor=(1.7, 0.6)),
-            lambda x: F.interpolate(x, size=(9, 4)),
             lambda x: F.interpolate(x, scale_factor=1.3, recompute_scale_factor=True),
             lambda x: F.interpolate(x, size=(x.shape[2] * 2, x.shape[3] + 1)),
         ],
     ),
     "nearest_1d": (
-        _x(2, 3, 7),
+        sample(2, 3, 7),
         [lambda x: F.interpolate(x, scale_factor=2), lambda x: F.interpolate(x, size=10)],
     ),
     "nearest_3d": (
-        _x(2, 2, 3, 4, 2),
+        sample(2, 2, 3, 4, 2),
         [lambda x: F.interpolate(x, scale_factor=2), lambda x: F.interpolate(x, size=5)],
     ),
-    "bilinear": (
-        _x(2, 3, 5, 7),
-        [
-            lambda x, m=m, a=a, k=k: F.interpolate(x, mode=m, align_corners=a, **k)
-            for m in ("bilinear", "bicubic")
-            for a in (False, True)
-            for k in ({"scale_factor": 2}, {"scale_factor": (1.5, 0.7)}, {"size": (8, 4)}, {"size": (1, 11)})
-        ],
-    ),
-    "linear": (
-        _x(2, 3, 7),
-        [lambda x, a=a: F.interpolate(x, size=10, mode="linear", align_corners=a) for a in (False, True)],
-    ),
     "trilinear": (
-        _x(2, 2, 3, 4, 5),
+        sample(2, 2, 3, 4, 5),
         [
             lambda x, a=a: F.interpolate(x, size=(5, 6, 3), mode="trilinear", align_corners=a)
             for a in (False, True)
-        ],
-    ),
-    "antialias": (
-        _x(2, 3, 8, 9),
-        [
-            lambda x: F.interpolate(x, size=(4, 5), mode="bilinear", antialias=True),
         ],
     ),
 }
 
 
 @FREE
-@pytest.mark.parametrize("name", RESIZES)
+@pytest.mark.parametrize("name", [*RESIZES, *ALSO_RESIZED])
 def test_interpolation(name: str, batch_only: bool) -> None:
-    x, functions = RESIZES[name]
+    x, functions = (RESIZES | ALSO_RESIZED)[name]
     check(One(functions), x, atol=1e-5, batch_only=batch_only)
-
-
-def test_padding() -> None:
-    modes = ("constant", "reflect", "replicate", "circular")
-    functions: list[Function] = [lambda x, m=m: F.pad(x, (2, 1, 0, 3), m) for m in modes]
-    functions += [
-        lambda x: F.pad(x, (1, 2), value=3.5),
-        lambda x: F.pad(x, (-1, 2, 1, -2)),
-        lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)),
-        lambda x: F.pad(x, (1, 1), value=-float("inf")).exp(),
-    ]
-    check(One(functions), _x(2, 3, 5, 6), rtol=0, atol=1e-6)
