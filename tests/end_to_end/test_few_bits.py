@@ -196,9 +196,11 @@ def test_weights_alone_are_reconstructed_without_any_activation_steps() -> None:
 @pytest.mark.parametrize(
     ("options", "rounding"),
     [
-        ({"time": "10 min", "activations": "int8"}, "qdrop"),
-        ({"time": 600, "activations": "float"}, "brecq"),
-        ({"time": "0.01 s", "activations": "int8"}, "gptq"),
+        ({"time": "10 min", "activations": "int4", "weights": "int4"}, "qdrop"),
+        ({"time": "10 min", "activations": "int8", "weights": "int3"}, "qdrop"),
+        ({"time": 600, "activations": "float", "weights": "int3"}, "brecq"),
+        ({"time": "10 min", "activations": "int8", "weights": "int4"}, "gptq with 20 epochs"),
+        ({"time": "0.01 s", "activations": "int8", "weights": "int3"}, "gptq, since 0 s"),
     ],
 )
 def test_the_best_rounding_for_the_time(options: dict[str, object], rounding: str) -> None:
@@ -206,10 +208,10 @@ def test_the_best_rounding_for_the_time(options: dict[str, object], rounding: st
     from fewbit.model.readers.torch import read
 
     given = dict(options)
-    recipe = fewbit.Recipe.from_kwargs(rounding="best", weights="int4", activations=given["activations"])
-    gm = read(NETWORK, (IMAGES[:4],))
-    found, note = strongest(recipe, gm, (IMAGES[:4],), 512, given["time"])
-    assert found.rounding == rounding and rounding in note
+    time = given.pop("time")
+    recipe = fewbit.Recipe.from_kwargs(rounding="best", **given)
+    found, note = strongest(recipe, read(NETWORK, (IMAGES[:4],)), (IMAGES[:4],), 512, time)
+    assert found.rounding in rounding and note.startswith(f"rounding: {rounding}")
 
 
 def test_best_without_data_and_end_to_end() -> None:
@@ -256,11 +258,11 @@ def test_bad_options(options: dict[str, object], error: type[Exception], message
 
 def test_too_few_samples_are_said_so() -> None:
     with pytest.warns(UserWarning, match="learns 40 samples by heart: give at least 256"):
-        quantized(IMAGES[:40], recipe="w4a8", iterations=2, finetune=0)
+        quantized(IMAGES[:40], recipe="w4a4", iterations=2, finetune=0)
     with pytest.raises(CalibrationError, match="needs at least 2 calibration samples"):
-        quantized(IMAGES[:1], recipe="w4a8", iterations=2, finetune=0)
+        quantized(IMAGES[:1], recipe="w4a4", iterations=2, finetune=0)
     with pytest.raises(DataError, match="a generator can be read once"):
-        quantized((x for x in IMAGES.split(64)), recipe="w4a8", iterations=2, finetune=0)
+        quantized((x for x in IMAGES.split(64)), recipe="w4a4", iterations=2, finetune=0)
     with pytest.raises(CalibrationError, match="rounding 'brecq' needs calibration data"):
         fewbit.quantize(NETWORK, example=IMAGES[:2], weights="int4", activations="float", rounding="brecq")
 
