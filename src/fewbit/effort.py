@@ -45,9 +45,9 @@ def strongest(
 ) -> tuple[Recipe, str]:
     """The recipe with a rounding and a number of steps in the place of "best", and a sentence that says why.
 
-    Block reconstruction and fine-tuning where data and time are enough; GPTQ where the time is not, where the format has
-    codes that blocks cannot learn, and where there are bits enough that fine-tuning alone wins as much; HQQ or nearest
-    codes without data. ``samples``: how many there are to learn from.
+    Block reconstruction and fine-tuning where data and time are enough; GPTQ where the time is not, where the
+    format has codes that blocks cannot learn, and where there are bits enough that fine-tuning alone wins as much;
+    HQQ or nearest codes without data. ``samples``: how many there are to learn from.
     """
     given = seconds(time)
     if not samples:
