@@ -73,6 +73,10 @@ def test_channels_smaller_than_a_table_share_one_unless_a_rule_asks_otherwise() 
     row = plan(Rule("conv", weights="int8"), weights="codebook7").row("head.weight")
     assert row.scheme == Scheme("codebook7_shared", axis=0, granularity="channel")
     assert "codebook7_shared: the layer's channels are smaller than a table of codebook7" in row.because
+    ruled = plan(Rule("head", rounding="lloyd_max"), weights="codebook7").row("head.weight")
+    assert (ruled.scheme, ruled.rounding) == (row.scheme, "lloyd_max")
+    with pytest.raises(PlanError, match="'head': codebook7 has tables of 128 values"):
+        plan(Rule("head", granularity="channel"), weights="codebook7")
     assert plan(weights="codebook6").row("head.weight").scheme == Scheme(
         "codebook6", axis=0, granularity="channel"
     )

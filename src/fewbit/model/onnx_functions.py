@@ -23,10 +23,10 @@ Rule = Callable[[Call], Any]
 
 def number(operand: Operand, rank: int | None = None) -> Any:
     """A constant of one element as a number, if it does not change the shape of a tensor of this rank."""
-    small = isinstance(operand, Constant) and operand.array.size == 1
-    if small and (rank is None or operand.array.ndim <= rank) and operand.array.dtype.kind in "fiu":  # type: ignore[union-attr]
-        return operand.array.item()  # type: ignore[union-attr]
-    return operand
+    if not isinstance(operand, Constant) or operand.array.size != 1:
+        return operand
+    fits = rank is None or operand.array.ndim <= rank
+    return operand.array.item() if fits and operand.array.dtype.kind in "fiu" else operand
 
 
 def _unary(

@@ -22,9 +22,12 @@ def check_codebook(shape: tuple[int, ...] | torch.Size, scheme: Scheme) -> None:
     if not shared_table(scheme):
         numbers //= max(block_count(shape, scheme), 1)
     if numbers < 2**scheme.spec.bits:
+        coarser = (
+            "another format" if shared_table(scheme) else "a coarser granularity, or a '_shared' codebook"
+        )
         raise FormatError(
             f"{scheme.format} has tables of {2**scheme.spec.bits} values, and here {numbers} numbers share one: "
-            "use fewer bits, a coarser granularity, or a '_shared' codebook"
+            f"use fewer bits, {coarser}"
         )
 
 

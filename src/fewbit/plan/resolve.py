@@ -55,10 +55,11 @@ def resolve(recipe: Recipe, sites: Sequence[Site], check: Check | None = None) -
 
 @dataclass
 class _Settings:
-    """What the recipe says about one site, and which rules had a say."""
+    """What the recipe says about one site, which rules had a say, and which keys are theirs."""
 
     values: dict[str, Any]
     because: list[str] = field(default_factory=list)
+    ruled: set[str] = field(default_factory=set)
 
     def __getattr__(self, key: str) -> Any:
         return self.values[key]
@@ -77,6 +78,7 @@ def _settings(recipe: Recipe, site: Site) -> _Settings:
         if "group_size" in overrides:
             overrides["granularity"] = "group"
         settings.values |= overrides
+        settings.ruled |= overrides.keys()
         settings.because.append(f"rule {number}: {rule}")
     return settings
 
@@ -142,7 +144,9 @@ def _weight_scheme(settings: _Settings, site: Site) -> Scheme | None:
         scheme = Scheme(settings.weights, granularity, site.axis, size, symmetric, narrow=narrow)
         block_count(site.shape, scheme)
         if spec.learned:
-            scheme = _with_room_for_tables(scheme, site, recipe_wide=not settings.because)
+            scheme = _with_room_for_tables(
+                scheme, site, recipe_wide=not {"weights", "granularity"} & settings.ruled
+            )
     except FormatError as error:
         raise PlanError(f"layer '{site.layer}': {error}") from error
     return scheme
