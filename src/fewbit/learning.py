@@ -8,7 +8,7 @@ from torch import Tensor
 from fewbit.calibrate import Facts
 from fewbit.data import Batches
 from fewbit.errors import CalibrationError, DataError
-from fewbit.finetune import finetune
+from fewbit.tuning import finetune
 from fewbit.progress_file import Progress, ProgressFile
 from fewbit.reconstruct import Task, owner, reconstruct, reconstructs
 

@@ -15,11 +15,23 @@ from fewbit.plan import Recipe
 _READ_WITH = 4  # samples that reading and the passes prove themselves on
 
 
-def normalised(model: nn.Module, examples: tuple[Tensor, ...], recipe: Recipe) -> GraphModule:
-    """The model as a graph of our own, in eval mode, batch norm folded, weights equalized if the recipe says so."""
+def standard(model: nn.Module, examples: tuple[Tensor, ...]) -> GraphModule:
+    """The model as a graph of our own, in eval mode."""
     few = tuple(x[:_READ_WITH] for x in examples)
     gm = copy.deepcopy(model) if isinstance(model, GraphModule) else read(model, few)
     gm.eval()
+    return gm
+
+
+def moves_weights(recipe: Recipe) -> bool:
+    """Whether a pass of the recipe changes weights beyond the folding of batch norms."""
+    return bool(recipe.equalize or recipe.absorb_bias) or recipe.smooth_quant is not False
+
+
+def normalised(model: nn.Module, examples: tuple[Tensor, ...], recipe: Recipe) -> GraphModule:
+    """The model as a graph of our own, in eval mode, batch norm folded, weights equalized if the recipe says so."""
+    few = tuple(x[:_READ_WITH] for x in examples)
+    gm = standard(model, examples)
     run("fold_batch_norm", gm, few)
     if recipe.equalize:
         run("equalize", gm, few)

@@ -4,7 +4,7 @@ import copy
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -15,23 +15,26 @@ from fewbit.edges import SAME, answering, narrowed, with_edges
 from fewbit.effort import BEST, strongest
 from fewbit.errors import CalibrationError, DataError, ModelError, RecipeError
 from fewbit.learning import MOST, USUAL, learn_on
+from fewbit.model.biases import round_biases
 from fewbit.model.readers import as_module
 from fewbit.model.simulate import QuantizedModel, insert_dynamic, insert_quantizer
 from fewbit.model.sites import QUANTIZERS, WEIGHTED, Placement, find_sites, layer_name, place
 from fewbit.model.ties import separate_ties
-from fewbit.normalise import adapted_to_data, corrected, normalised
+from fewbit.normalise import adapted_to_data, corrected, moves_weights, normalised, standard
 from fewbit.observers import observer_names
 from fewbit.plan import Plan, Recipe, resolve
 from fewbit.reconstruct import Task, reconstructs
-from fewbit.rounding import rounding_names
+from fewbit.rounding import reconstruction, rounding_names
 from fewbit.statistics import Statistics, without_statistics
 from fewbit.synthesis import synthesize
 from fewbit.targets import adapt_and_check, get_target
-from fewbit.weights import dead_channels, round_biases, round_weights, weight_limits
+from fewbit.training.model import TrainableModel, Training, make_trainable
+from fewbit.weights import dead_channels, round_weights, weight_limits
 
 _KEPT = 16  # samples that the model keeps for the export gate
 
 
+@overload
 def quantize(
     model: Any,
     calibration: object = None,
@@ -42,11 +45,45 @@ def quantize(
     held_out: object = None,
     resume: str | Path | None = None,
     time: str | float | None = None,
+    trainable: Literal[False] = False,
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,
     **overrides: Any,
-) -> QuantizedModel:
+) -> QuantizedModel: ...
+@overload
+def quantize(
+    model: Any,
+    calibration: object = None,
+    *,
+    example: Tensor | tuple[Tensor, ...] | None = None,
+    recipe: Recipe | str | Path = "int8",
+    target: str = "onnx",
+    held_out: object = None,
+    resume: str | Path | None = None,
+    time: str | float | None = None,
+    trainable: Literal[True] | Training,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = True,
+    **overrides: Any,
+) -> TrainableModel: ...
+def quantize(
+    model: Any,
+    calibration: object = None,
+    *,
+    example: Tensor | tuple[Tensor, ...] | None = None,
+    recipe: Recipe | str | Path = "int8",
+    target: str = "onnx",
+    held_out: object = None,
+    resume: str | Path | None = None,
+    time: str | float | None = None,
+    trainable: bool | Training = False,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = True,
+    **overrides: Any,
+) -> QuantizedModel | TrainableModel:
     """A quantized copy of ``model`` that answers as the deployed file will.
 
     ``model``: an ``nn.Module``, a ``keras.Model`` or a graph that ``fewbit.load`` gave; left as it is. ``calibration``:
@@ -59,8 +96,10 @@ def quantize(
     warning names the layers that would clip them much more than the calibration data. ``resume``: a file that keeps the
     calibration's state if it is interrupted (and beside it one with ``.blocks`` at the end, for what is learned); the
     same call goes on from there, with the same result. ``time``: with ``rounding="best"``, what the rounding may take,
-    such as ``"10 min"``: the strongest that fits is chosen, and a note in ``.facts`` says which. ``seed``: of
-    reconstruction's random choices. ``progress``: show a bar on a terminal.
+    such as ``"10 min"``: the strongest that fits is chosen, and a note in ``.facts`` says which. ``trainable``: give a
+    ``TrainableModel`` for a training loop of yours, or for ``fewbit.finetune``; ``True``, or a ``Training`` that names
+    estimators; what a recipe would learn on calibration data is then left out. ``seed``: of reconstruction's random
+    choices. ``progress``: show a bar on a terminal.
 
     What calibration saw, its memory and its warnings are in ``.facts``; warnings are also issued as
     ``CalibrationWarning``. Raises ``ModelError``, ``DataError``, ``CalibrationError``, ``RecipeError`` or
@@ -83,8 +122,11 @@ def quantize(
             f"recipe {chosen.name!r} needs calibration data, or an example input where it is dynamic or weight-only: "
             "call quantize(model, calibration=data) or quantize(model, example=x, ...)"
         )
-    gm = normalised(module, examples, chosen)
+    source = standard(module, examples)
+    gm = normalised(source, examples, chosen)
     notes = []
+    if trainable:
+        chosen = _to_be_trained(chosen)
     if chosen.rounding == BEST:
         chosen, note = strongest(chosen, gm, examples, _count(batches), time)
         notes.append(note)
@@ -100,6 +142,7 @@ def quantize(
         )
     notes += adapted_to_data(gm, examples, chosen, batches)
     job = _Job(chosen, placement, resolved, target, progress, resume, seed)
+    latent = copy.deepcopy(gm) if trainable else None
     quantized = _quantized(gm, job, batches, examples)
     quantized.facts["notes"] = [*notes, *quantized.facts["notes"]]
     if held_out is not None:
@@ -107,7 +150,15 @@ def quantize(
         quantized.facts["warnings"] += clipping_warnings(quantized, batches, unseen)
     for sentence in quantized.facts["warnings"]:
         warnings.warn(sentence, CalibrationWarning, stacklevel=2)
-    return quantized
+    if not trainable:
+        return quantized
+    return make_trainable(
+        quantized,
+        latent,
+        None if moves_weights(chosen) else source,
+        trainable if isinstance(trainable, Training) else Training(),
+        get_target(target).portable_bounds if chosen.portable else None,
+    )
 
 
 def plan(
@@ -132,6 +183,12 @@ def _recipe(recipe: Recipe | str | Path, overrides: dict[str, Any]) -> Recipe:
     chosen = chosen.replace(**overrides) if overrides else chosen
     chosen.validate(observer_names(), [*rounding_names(), BEST])
     return chosen
+
+
+def _to_be_trained(recipe: Recipe) -> Recipe:
+    """The recipe without what learns on calibration data: training does that, and better."""
+    learns = recipe.rounding == BEST or reconstruction(recipe.rounding) is not None
+    return recipe.replace(rounding="nearest" if learns else recipe.rounding, finetune=0)
 
 
 def _module(model: object, examples: tuple[Tensor, ...] | None) -> nn.Module:

@@ -1,6 +1,5 @@
 """Rounds the weights of a plan: range estimation, the limits that integer kernels set, the rounding itself."""
 
-from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -8,8 +7,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fewbit.errors import CalibrationError, FewbitError
-from fewbit.model.lowering import lower
-from fewbit.model.simulate import FakeQuantize, QuantizedModel
+from fewbit.model.simulate import FakeQuantize
 from fewbit.model.sites import WEIGHTED, Placement, rescale_factor
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme
@@ -123,24 +121,3 @@ def dead_channels(gm: GraphModule, plan: Plan) -> list[str]:
                 "they cost time and bytes for nothing"
             )
     return found
-
-
-def round_biases(model: QuantizedModel) -> None:
-    """Give the simulation the biases that the integer program adds: whole multiples of input scale x weight scale.
-
-    A layer that is called several times keeps its float bias, since each call has an input scale of its own.
-    """
-    program = lower(model)
-    ops = [op for op in program.integer_ops() if op.kind in WEIGHTED and "bias" in op.constants]
-    calls = Counter(op.layer for op in ops)
-    for op in ops:
-        if calls[op.layer] > 1:
-            continue
-        unit = (
-            torch.tensor(program.codings[op.inputs[0]].scale, dtype=torch.float32)
-            * op.constants["weight_scale"]
-        )
-        bias = model.graph.get_submodule(op.layer).bias
-        assert isinstance(bias, Tensor)
-        with torch.no_grad():
-            bias.copy_((op.constants["bias"].double() * unit.double()).to(torch.float32))

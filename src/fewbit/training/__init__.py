@@ -1,0 +1,1 @@
+"""Training with codes in the loop: layers and steps that learn, estimators of gradients, losses that teach."""
