@@ -7,6 +7,10 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "quantize": "fewbit.pipeline",
+    "finetune": "fewbit.finetuning",
+    "distill": "fewbit.finetuning",
+    "Training": "fewbit.training.model",
+    "Distillation": "fewbit.training.objective",
     "load": "fewbit.storage",
     "save": "fewbit.storage",
     "synthesize": "fewbit.synthesis",
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from fewbit.deploy import export, verify
     from fewbit.errors import FewbitError
     from fewbit.evaluation.measure import measure
+    from fewbit.finetuning import distill, finetune
     from fewbit.evaluation.metrics import evaluate
     from fewbit.numerics.qtensor import QTensor
     from fewbit.numerics.scheme import Scheme
@@ -37,17 +42,23 @@ if TYPE_CHECKING:
     from fewbit.search.sensitivity import sensitivity
     from fewbit.storage import load, save
     from fewbit.synthesis import synthesize
+    from fewbit.training.model import Training
+    from fewbit.training.objective import Distillation
     from fewbit.versus import benchmark
 
 __all__ = [
+    "Distillation",
     "FewbitError",
     "Plan",
     "QTensor",
     "Recipe",
     "Scheme",
+    "Training",
     "benchmark",
+    "distill",
     "evaluate",
     "export",
+    "finetune",
     "formats",
     "load",
     "measure",

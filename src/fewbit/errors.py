@@ -29,6 +29,10 @@ class PlanError(FewbitError):
     """A plan is malformed, or does not fit the model or the target."""
 
 
+class TrainingError(FewbitError):
+    """Training cannot begin, go on or be resumed."""
+
+
 class TargetError(FewbitError):
     """A target cannot write or run the model."""
 

@@ -15,8 +15,6 @@ from torch import Tensor
 _LARGE = 2**15  # numbers: smaller tensors are faster as they are
 _logger = logging.getLogger(__name__)
 
-Sums = tuple[Tensor, Tensor, Tensor]
-
 
 def fused_step(
     x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor, grad_scale: float = 1.0, clipped_only: bool = False
@@ -25,7 +23,7 @@ def fused_step(
 
     Gradients: for ``x`` where it is not clipped; for ``scale`` as in LSQ (arXiv 1902.08153, equation 3), times
     ``grad_scale``, or of clipped values alone (PACT, arXiv 1805.06085); for ``lo`` and ``hi``, if they need one, as
-    clipped values say, in the same way.
+    clipped values say.
 
     Args:
         x: float of any shape and floating dtype.
@@ -46,24 +44,24 @@ class _FusedStep(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scale, lo, hi)
         ctx.grad_scale, ctx.clipped_only = grad_scale, clipped_only
-        forward, _ = _kernels(x)
+        forward = _kernel(x, _forward)
         flat, shape = _flat(x)
         return _shaped(forward(flat, scale, lo, hi), x, shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, scale, lo, hi = ctx.saved_tensors
-        _, backward = _kernels(x)
+        backward = _kernel(x, _backward_clipped if ctx.clipped_only else _backward)
         flat, shape = _flat(x)
         if shape and gradient.stride() == x.stride():
             around, _ = _flat(gradient)
         else:  # the gradient came in another order of memory
             flat, shape, around = x.reshape(-1), False, gradient.reshape(-1)
-        gx, inside, below, above = backward(around, flat, scale, lo, hi)
-        of_scale = lo * below + hi * above + (0 if ctx.clipped_only else inside)
-        of_lo = scale * below if ctx.needs_input_grad[2] else None
-        of_hi = scale * above if ctx.needs_input_grad[3] else None
-        return _shaped(gx, x, shape), (of_scale * ctx.grad_scale).reshape(scale.shape), of_lo, of_hi, None, None
+        gx, of_scale = backward(around, flat, scale, lo, hi)
+        of_lo = of_hi = None
+        if ctx.needs_input_grad[2]:
+            of_lo, of_hi = _backward_bounds(around, flat, scale, lo, hi)
+        return _shaped(gx, x, shape), of_scale * ctx.grad_scale, of_lo, of_hi, None, None
 
 
 def _forward(x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
@@ -71,40 +69,56 @@ def _forward(x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     return (codes * scale).to(x.dtype)
 
 
-def _backward(gradient: Tensor, x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(gradient: Tensor, x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     v = x.float() / scale
     codes = torch.round(v)
+    clipped = torch.clamp(codes, lo, hi)
     g = gradient.float()
-    below, above = codes < lo, codes > hi
-    inside = torch.where(below | above, 0.0, g)
-    return (
-        inside.to(gradient.dtype),
-        (inside * (codes - v)).sum(),
-        torch.where(below, g, 0.0).sum(),
-        torch.where(above, g, 0.0).sum(),
-    )
+    inside = codes == clipped
+    slope = torch.where(inside, codes - v, clipped)
+    return torch.where(inside, g, 0.0).to(gradient.dtype), (g * slope).sum()
 
 
-def _kernels(x: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
+def _backward_clipped(
+    gradient: Tensor, x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor
+) -> tuple[Tensor, Tensor]:
+    codes = torch.round(x.float() / scale)
+    clipped = torch.clamp(codes, lo, hi)
+    g = gradient.float()
+    inside = codes == clipped
+    return torch.where(inside, g, 0.0).to(gradient.dtype), (g * torch.where(inside, 0.0, clipped)).sum()
+
+
+def _backward_bounds(
+    gradient: Tensor, x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor
+) -> tuple[Tensor, Tensor]:
+    codes, g = torch.round(x.float() / scale), gradient.float()
+    return scale * torch.where(codes < lo, g, 0.0).sum(), scale * torch.where(codes > hi, g, 0.0).sum()
+
+
+_Kernel = Callable[..., Any]
+
+
+def _kernel(x: Tensor, function: _Kernel) -> _Kernel:
     if x.numel() < _LARGE or torch.compiler.is_compiling():
-        return _forward, _backward
-    return _compiled(x.device.type)
+        return function
+    return _compiled(x.device.type)[function]
 
 
 @cache
-def _compiled(device: str) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
-    """Both directions as one loop each, or as they are where nothing can compile them."""
-    forward = torch.compile(_forward, dynamic=True)
-    backward = torch.compile(_backward, dynamic=True)
+def _compiled(device: str) -> dict[_Kernel, _Kernel]:
+    """Each function as one loop, or as it is where nothing can compile them."""
     x, one = torch.ones(_LARGE, device=device), torch.ones((), device=device)
+    plain: list[_Kernel] = [_forward, _backward, _backward_clipped]
+    compiled = [torch.compile(function, dynamic=True) for function in plain]
     try:
-        forward(x, one, -one, one)
-        backward(x, x, one, -one, one)
+        compiled[0](x, one, -one, one)
+        compiled[1](x, x, one, -one, one)
     except Exception as error:  # no compiler, or one that fails: torch raises many types
         reason = (str(error).splitlines() or [""])[0][:200]
         _logger.warning("quantize steps are not compiled (%s); training takes longer", reason)
-        return _forward, _backward
-    return forward, backward
+        return dict(zip(plain, plain, strict=True))
+    return dict(zip(plain, compiled, strict=True))
 
 
 def _flat(x: Tensor) -> tuple[Tensor, bool]:

@@ -21,6 +21,7 @@ from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme, blocks, unblocks
 from fewbit.plan import Plan, Row
 from fewbit.training.estimators import (
+    ActivationEstimator,
     Limit,
     WeightEstimator,
     activation_estimator,
@@ -91,8 +92,21 @@ class TrainableModel(nn.Module):
     def set_progress(self, share: float) -> None:
         """How much of training is over, 0 to 1; some estimators grow stricter with it."""
         for part in self.network.modules():
-            if isinstance(part, WeightEstimator) or hasattr(part, "exact"):
-                part.progress = share  # type: ignore[assignment]
+            if isinstance(part, WeightEstimator | ActivationEstimator):
+                part.progress = share
+
+    def dampening(self) -> Tensor:
+        """How far latent weights lie from their codes' values, as squares: a scalar to add to a loss, so that codes rest.
+
+        Nagel et al. (arXiv 2203.11086), equation 5; in units of the weights themselves.
+        """
+        terms = [
+            dampening(estimator, layer.layer.get_parameter(name))
+            for _, layer in self.layers()
+            for name, estimator in layer.estimators.items()
+            if isinstance(estimator, WeightEstimator) and estimator.scheme.spec.integer
+        ]
+        return torch.stack(terms).sum() if terms else torch.zeros(())
 
     def convert(self) -> QuantizedModel:
         """The quantized model that this one has become; the two give the same answers.
@@ -116,6 +130,14 @@ class TrainableModel(nn.Module):
         separate_ties(model)
         round_biases(model)
         return model
+
+
+def dampening(estimator: WeightEstimator, weight: Tensor) -> Tensor:
+    """The squared distance of a latent weight from its quantized value, where it is not clipped: a scalar."""
+    with torch.no_grad():
+        value = estimator(weight)
+    lo, hi = value.amin(), value.amax()
+    return (weight.clamp(lo, hi) - value).square().sum()
 
 
 class _DynamicStep(nn.Module):

@@ -50,7 +50,3 @@ class Oscillation(nn.Module):
         if self.threshold is not None:
             self.frozen |= self.frequency > self.threshold
 
-
-def dampening(values: Tensor, codes: Tensor) -> Tensor:
-    """What pulls latent weights to the middle of their codes: a scalar; both in units of the scale, clipped."""
-    return (values - codes.detach()).square().sum()

@@ -32,6 +32,8 @@ class WeightEstimator(nn.Module, ABC):
     """
 
     zero_point: Tensor
+    lo: Tensor
+    hi: Tensor
 
     def __init__(self, weight: Tensor, q: QTensor) -> None:
         super().__init__()
@@ -41,6 +43,9 @@ class WeightEstimator(nn.Module, ABC):
         self.limit: Limit | None = None
         self.oscillation: Oscillation | None = None
         self.register_buffer("zero_point", q.zero_point.detach().clone())
+        zero_point = q.zero_point.detach().reshape(-1, 1)
+        self.register_buffer("lo", self.scheme.qmin - zero_point, persistent=False)
+        self.register_buffer("hi", self.scheme.qmax - zero_point, persistent=False)
 
     @classmethod
     def accepts(cls, spec: Format) -> bool:
@@ -83,8 +88,7 @@ class WeightEstimator(nn.Module, ABC):
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest value before scaling, less the zero point: [C, 1]."""
-        zero_point = self.zero_point.reshape(-1, 1)
-        return self.scheme.qmin - zero_point, self.scheme.qmax - zero_point
+        return self.lo, self.hi
 
     def rounded(self, v: Tensor) -> Tensor:
         """The nearest values of the format within its bounds; straight through where not clipped."""
@@ -151,6 +155,8 @@ class LearnedRange(ActivationEstimator):
     CLIPPED_ONLY = False
     OFFSET = False
     zero_point: Tensor
+    lo: Tensor
+    hi: Tensor
 
     def __init__(self, scheme: Scheme, scale: Tensor, zero_point: Tensor) -> None:
         super().__init__(scheme, scale, zero_point)
@@ -160,10 +166,14 @@ class LearnedRange(ActivationEstimator):
             self.zero_point = nn.Parameter(start.to(torch.float32))
         else:
             self.register_buffer("zero_point", start)
+        self.register_buffer("lo", scheme.qmin - start.to(torch.float32), persistent=False)
+        self.register_buffer("hi", scheme.qmax - start.to(torch.float32), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        zero_point = self._zero_point()
-        lo, hi = self.scheme.qmin - zero_point, self.scheme.qmax - zero_point
+        lo, hi = self.lo, self.hi
+        if self.OFFSET:
+            zero_point = self._zero_point()
+            lo, hi = self.scheme.qmin - zero_point, self.scheme.qmax - zero_point
         return fused_step(x, self._scale(), lo, hi, self.grad_scale(x), self.CLIPPED_ONLY)
 
     def grad_scale(self, x: Tensor) -> float:

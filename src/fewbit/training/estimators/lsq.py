@@ -4,10 +4,14 @@ A scale's gradient is divided by the root of the numbers that share it times the
 the scales that calibration found, instead of the paper's 2 mean|w| / sqrt(qmax).
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from fewbit.numerics.format import Format
 from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.scheme import blocks, unblocks
 from fewbit.training.estimators import LearnedRange, WeightEstimator
 
 
@@ -26,8 +30,39 @@ class Weights(WeightEstimator):
 
     def parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.limited(self.scale, rows)
-        scale = scale * self._grad_scale + (scale * (1 - self._grad_scale)).detach()
         return self.rounded(rows / scale), scale
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.oscillation is not None:
+            return super().forward(weight)
+        rows = blocks(weight, self.scheme)
+        scale = self.limited(self.scale, rows)
+        lo, hi = self.bounds()
+        result: Tensor = _Step.apply(rows, scale, lo, hi, self.scheme.spec, self._grad_scale)
+        return unblocks(result, weight.shape, self.scheme)
+
+
+class _Step(torch.autograd.Function):
+    """All as one operation: many layers have small weights, and separate operations cost more than their numbers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, scale: Tensor, lo: Tensor, hi: Tensor, spec: Format, grad_scale: float
+    ) -> Tensor:
+        v = rows / scale
+        clipped = torch.clamp(v, lo, hi)
+        values = torch.round(clipped) if spec.integer else spec.nearest(clipped)
+        ctx.save_for_backward(v, clipped, values)
+        ctx.grad_scale = grad_scale
+        return values * scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        v, clipped, values = ctx.saved_tensors
+        inside = v == clipped
+        of_rows = gradient * inside
+        of_scale = ((gradient * values) - of_rows * v).sum(1, keepdim=True) * ctx.grad_scale
+        return of_rows, of_scale, None, None, None, None
 
 
 class Activations(LearnedRange):
