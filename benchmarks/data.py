@@ -85,6 +85,11 @@ def cifar10_calibration(count: int, seed: int) -> np.ndarray:
     return normalise(images[np.random.default_rng(seed).permutation(len(images))[:count]])
 
 
+def training_images() -> tuple[np.ndarray, np.ndarray]:
+    """All 50,000 training images as uint8 [50000, 3, 32, 32], and labels int64."""
+    return _sheets("train", 50_000)
+
+
 def pixels(split: str, count: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """CIFAR-10 as it is, channels last: float32 0..255 [n, 32, 32, 3] and labels; `count` drawn by the seed."""
     images, labels = _sheets(split, 50_000 if split == "train" else 10_000)

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from fewbit.deploy import export, verify
     from fewbit.errors import FewbitError
     from fewbit.evaluation.measure import measure
-    from fewbit.finetuning import distill, finetune
     from fewbit.evaluation.metrics import evaluate
+    from fewbit.finetuning import distill, finetune
     from fewbit.numerics.qtensor import QTensor
     from fewbit.numerics.scheme import Scheme
     from fewbit.pipeline import quantize

@@ -27,6 +27,7 @@ from fewbit.model.simulate import QuantizedModel, without_quantizers
 from fewbit.plan import Plan
 from fewbit.targets import Target, get_target, refuse_tables
 from fewbit.targets import registry as targets
+from fewbit.training.model import TrainableModel
 
 if TYPE_CHECKING:
     from fewbit.fleet import Fleet
@@ -91,8 +92,8 @@ def export(
     The file is run in its runtime on ``example`` (by default the inputs the model was read with) and compared with the
     reference; a file that differs, or that runs no integer kernel, is not kept. ``verify=False`` skips that, and the
     file says so. ``time=False`` skips comparing its latency with float. A float ``nn.Module`` (with ``example``) or
-    Keras model is written in float. ``io``: how the file itself takes its inputs and gives its outputs, for targets
-    that can choose: "float32", or codes as "int8" or "uint8".
+    Keras model is written in float; a trainable model is converted first. ``io``: how the file itself takes its inputs
+    and gives its outputs, for targets that can choose: "float32", or codes as "int8" or "uint8".
 
     With ``targets``, a list of names, ``path`` is a folder that gets a file for each; ``test``, labelled data, is then
     run in each runtime. The ``Fleet`` that comes back prints as one table.
@@ -282,6 +283,8 @@ def random_inputs(program: Program, samples: int = 8) -> tuple[Tensor, ...]:
 
 
 def _as_quantized(model: Any, example: Any) -> QuantizedModel:
+    if isinstance(model, TrainableModel):
+        return model.convert()
     if isinstance(model, QuantizedModel):
         return model
     module = as_module(model, example)

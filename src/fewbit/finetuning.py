@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from fewbit.model.readers import as_module
 from fewbit.model.simulate import QuantizedModel
 from fewbit.pipeline import quantize
 from fewbit.plan import Recipe
+from fewbit.targets import get_target
+from fewbit.training.building import make_trainable
 from fewbit.training.examples import Augment, examples
 from fewbit.training.loop import MakeOptimizer, Settings, Trainer
-from fewbit.training.model import TrainableModel, Training, make_trainable
+from fewbit.training.model import TrainableModel, Training
 from fewbit.training.objective import Distillation, LabelLoss, Objective
 from fewbit.training.processes import Processes, processes
 
@@ -65,9 +68,9 @@ def finetune(
 
     ``model``: a quantized model, whose plan it keeps; a trainable one, which is trained in place; or a float one, which
     is quantized first if there is a ``recipe`` (or keywords that replace its values, such as ``weights="int4"``), and
-    else trained as it is, as a copy. ``train``: inputs and labels, in the forms that ``quantize`` takes; arrays and data
-    sets are shuffled. ``training``: estimators and gradients' format. ``stages``: keywords of earlier recipes, such as
-    ``[{"weights": "int4"}]``, which are trained for first, in equal shares of the epochs.
+    else trained as it is, as a copy. ``train``: inputs and labels, in the forms that ``quantize`` takes; arrays and
+    data sets are shuffled. ``training``: estimators and gradients' format. ``stages``: keywords of earlier recipes,
+    such as ``[{"weights": "int4"}]``, which are trained for first, in equal shares of the epochs.
 
     ``teacher``: a module or function whose outputs the model learns; by default the float model, if one was given; None
     for labels alone. ``distill``: a loss's name ("kd", "dkd", "mse") or a ``Distillation``. ``loss``: of outputs and
@@ -89,39 +92,60 @@ def finetune(
     recipe, a float one of the same class. Raises ``TrainingError``, ``DataError``, ``ModelError``, ``RecipeError``.
     """
     peers = processes(parallel)
-    wanted = recipe is not None or bool(overrides)
-    examples_ = (example,) if isinstance(example, Tensor) else example
-    like = examples_ or _inputs_of(model)
-    needs_labels = None if teacher is not None else True
-    share = held_out if isinstance(held_out, int | float) else 0.0
+    like = (example,) if isinstance(example, Tensor) else example or _inputs_of(model)
+    share = float(held_out) if isinstance(held_out, int | float) else 0.0
     data, aside = examples(
-        train, like, batch_size=batch_size, labels=needs_labels, held_out=float(share), augment=augment,
+        train, like, batch_size=batch_size, labels=True if teacher is None else None, held_out=share, augment=augment,
         workers=workers, seed=seed, processes=peers,
     )  # fmt: skip
-    if aside is None and not isinstance(held_out, int | float):
+    if not isinstance(held_out, int | float):
         aside = as_batches(held_out, what="held-out", like=like, batch_size=batch_size)
     kept = None if folder is None else Path(folder)
     if kept is not None and peers.first:
         kept.mkdir(parents=True, exist_ok=True)
     peers.wait()
     settings = Settings(
-        epochs, optimizer, lr, weight_decay, schedule, accumulate, clip, precision, compile, patience, kept, resume, seed,
-        progress,
+        epochs, optimizer, lr, weight_decay, schedule, accumulate, clip, precision, compile, patience, kept, resume,
+        seed, progress,
     )  # fmt: skip
-    settings.check()
     distillation = distill if isinstance(distill, Distillation) else Distillation(distill)
 
-    student, teacher = _student(
-        model, wanted, recipe or "int8", target, training, calibration, examples_, train, seed, progress, teacher, like,
-        overrides,
-    )  # fmt: skip
-    device = next((p.device for p in student.parameters()), torch.device("cpu"))
-    with _resting(teacher, device) as taught:
-        trainer = Trainer(
-            Objective(student, taught, distillation, loss, dampen), data, aside, settings, peers, device
-        )
-        records = trainer.run()
-    student = trainer.model
+    def learn(student: nn.Module, taught: Any, settings: Settings) -> tuple[nn.Module, list[dict[str, Any]]]:
+        device = next((p.device for p in student.parameters()), torch.device("cpu"))
+        with _resting(taught, device):
+            objective = Objective(student, taught, distillation, loss, dampen)
+            trainer = Trainer(objective, data, aside, settings, peers, device)
+            records = trainer.run()
+        return trainer.model, records
+
+    if isinstance(model, TrainableModel | QuantizedModel):
+        if recipe is not None or overrides or stages:
+            raise ModelError(
+                "the model has a plan already: leave out the recipe, or give the float model it came from"
+            )
+        student: nn.Module = model if isinstance(model, TrainableModel) else _as_trainable(model, training)
+        taught = _teacher(teacher, None)
+    else:
+        source = as_module(model, like)
+        wanted = recipe is not None or bool(overrides)
+        taught = _teacher(teacher, copy.deepcopy(source) if wanted else None)
+        student = copy.deepcopy(source)
+        if wanted:
+            ranges = _few(train, like, seed) if calibration is None else calibration
+            common: dict[str, Any] = {
+                "example": like, "recipe": recipe or "int8", "target": target, "trainable": training or Training(),
+                "seed": seed, "progress": progress,
+            }  # fmt: skip
+            steps = [{**overrides, **stage} for stage in stages] + [overrides]
+            shares = _shares(settings, len(steps))
+            for number, values in enumerate(steps):
+                student = quantize(student, ranges, **common, **values)
+                if number < len(stages):
+                    student, _ = learn(student, taught, shares[number])
+                    assert isinstance(student, TrainableModel)
+                    student = student.latent_model()
+            settings = shares[-1]
+    student, records = learn(student, taught, settings)
     if not isinstance(student, TrainableModel):
         return student
     student.facts["training"] = records
@@ -139,48 +163,49 @@ def distill(student: nn.Module, teacher: Any, train: object, **settings: Any) ->
     return finetune(student, train, teacher=teacher, **settings)
 
 
-def _student(
-    model: Any,
-    wanted: bool,
-    recipe: Recipe | str | Path,
-    target: str,
-    training: Training | None,
-    calibration: object,
-    example: tuple[Tensor, ...] | None,
-    train: object,
-    seed: int,
-    progress: bool,
-    teacher: Any,
-    like: tuple[Tensor, ...] | None,
-    overrides: dict[str, Any],
-) -> tuple[nn.Module, Any]:
-    """The module to train, and its teacher."""
-    given = isinstance(teacher, str)
-    if given and teacher != FLOAT:
-        raise TrainingError(f"teacher is {teacher!r:.40}, expected a module, a function, None or 'float'")
-    if isinstance(model, TrainableModel | QuantizedModel):
-        if wanted:
-            raise ModelError("the model has a plan already: leave out the recipe, or give the float model it came from")
-        if isinstance(model, QuantizedModel):
-            model = make_trainable(model, training=training or Training())
-        return model, None if given else teacher
-    if not wanted:
-        student = copy.deepcopy(as_module(model, example))
-        return student, None if given else teacher
-    source = as_module(model, example)
-    if calibration is None:
-        calibration = _few(train, like, seed)
-    student = quantize(
-        source, calibration, example=example, recipe=recipe, target=target, trainable=training or Training(), seed=seed,
-        progress=progress, **overrides,
-    )  # fmt: skip
-    return student, copy.deepcopy(source) if given else teacher
+def _as_trainable(model: QuantizedModel, training: Training | None) -> TrainableModel:
+    runtime = get_target(model.target)
+    return make_trainable(model, training=training or Training(), portable=runtime.portable_bounds)
+
+
+def _teacher(asked: Any, source: nn.Module | None) -> Any:
+    """Who teaches; by default the float model, where there is one."""
+    if asked is None or callable(asked):
+        return asked
+    if asked == FLOAT:
+        return source
+    raise TrainingError(f"teacher is {asked!r:.40}, expected a module, a function, None or 'float'")
+
+
+def _shares(settings: Settings, count: int) -> list[Settings]:
+    """The epochs divided among stages, the last has the rest; each with a folder of its own."""
+    if count == 1:
+        return [settings]
+    each = settings.epochs // count
+    if not each:
+        raise TrainingError(f"{settings.epochs} epochs for {count} stages: each needs at least one")
+    folders = [
+        None if settings.folder is None else settings.folder / f"stage{i + 1}" for i in range(count - 1)
+    ]
+    for folder in folders:
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+    early = [replace(settings, epochs=each, folder=folder) for folder in folders]
+    return [*early, replace(settings, epochs=settings.epochs - each * (count - 1))]
 
 
 def _few(train: object, like: tuple[Tensor, ...] | None, seed: int) -> list[tuple[Tensor, ...]]:
     """Training samples to estimate ranges from, the same in every process."""
     data, _ = examples(
-        train, like, batch_size=64, labels=None, held_out=0.0, augment=None, workers=0, seed=seed, processes=Processes()
+        train,
+        like,
+        batch_size=64,
+        labels=None,
+        held_out=0.0,
+        augment=None,
+        workers=0,
+        seed=seed,
+        processes=Processes(),
     )
     found, count = [], 0
     for inputs, _ in data.epoch(0):
@@ -199,18 +224,15 @@ def _inputs_of(model: Any) -> tuple[Tensor, ...] | None:
 
 
 @contextmanager
-def _resting(teacher: Any, device: torch.device) -> Iterator[Any]:
-    """The teacher in eval mode, on the device, and as it was afterwards."""
-    if teacher is None or not isinstance(teacher, nn.Module):
-        if teacher is not None and not callable(teacher):
-            raise TrainingError(f"teacher is a {type(teacher).__name__}, expected a module or a function")
-        yield teacher
+def _resting(teacher: Any, device: torch.device) -> Iterator[None]:
+    """The teacher in eval mode and on the device; afterwards in the modes that it had."""
+    if not isinstance(teacher, nn.Module):
+        yield
         return
     modes = {part: part.training for part in teacher.modules()}
     try:
-        yield teacher.eval()
+        teacher.to(device).eval()
+        yield
     finally:
         for part, mode in modes.items():
             part.training = mode
-
-

@@ -8,9 +8,9 @@ from torch import Tensor
 from fewbit.calibrate import Facts
 from fewbit.data import Batches
 from fewbit.errors import CalibrationError, DataError
-from fewbit.tuning import finetune
 from fewbit.progress_file import Progress, ProgressFile
 from fewbit.reconstruct import Task, owner, reconstruct, reconstructs
+from fewbit.tuning import finetune
 
 FEW, USUAL, MOST = 256, 1024, 4096  # samples
 

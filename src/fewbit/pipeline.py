@@ -28,7 +28,8 @@ from fewbit.rounding import reconstruction, rounding_names
 from fewbit.statistics import Statistics, without_statistics
 from fewbit.synthesis import synthesize
 from fewbit.targets import adapt_and_check, get_target
-from fewbit.training.model import TrainableModel, Training, make_trainable
+from fewbit.training.building import make_trainable
+from fewbit.training.model import TrainableModel, Training
 from fewbit.weights import dead_channels, round_weights, weight_limits
 
 _KEPT = 16  # samples that the model keeps for the export gate
@@ -193,7 +194,7 @@ def _to_be_trained(recipe: Recipe) -> Recipe:
 
 def _module(model: object, examples: tuple[Tensor, ...] | None) -> nn.Module:
     """The model as an ``nn.Module``; Keras models become graphs."""
-    if isinstance(model, QuantizedModel):
+    if isinstance(model, QuantizedModel | TrainableModel):
         raise ModelError("the model is quantized already; quantize the float model it came from")
     return as_module(model, examples)
 

@@ -20,6 +20,7 @@ from fewbit.model.readers import read_path
 from fewbit.model.serialize import describe, rebuild
 from fewbit.model.simulate import QuantizedModel
 from fewbit.targets import registry as targets
+from fewbit.training.model import TrainableModel
 
 VERSION = 2
 _READABLE = (1, 2)  # in version 1, codes were never entropy-coded
@@ -29,7 +30,7 @@ _LARGEST_DESCRIPTION = 256 * 2**20
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
-    """Write a quantized model, or a graph that ``fewbit.load`` gave, to ``folder``; returns the folder.
+    """Write a quantized or trainable model, or a graph that ``fewbit.load`` gave, to ``folder``; returns the folder.
 
     Weights are stored as codes, packed or entropy-coded, with their scales and codebooks. The folder appears whole or
     not at all; one that fewbit wrote before is replaced, any other is left alone.
@@ -37,6 +38,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     Raises ``ModelError`` for a model that cannot be saved and ``ArtifactError`` where the folder cannot be written.
     """
     folder = Path(folder).absolute()
+    if isinstance(model, TrainableModel):
+        model = model.convert()
     if not isinstance(model, QuantizedModel | GraphModule):
         raise ModelError(
             f"model is a {type(model).__name__}; only what fewbit.quantize or fewbit.load gave can be saved"

@@ -29,6 +29,7 @@ from fewbit.model.readers import as_module
 from fewbit.model.readers.torch import read
 from fewbit.model.simulate import QuantizedModel
 from fewbit.progress import shown
+from fewbit.training.model import TrainableModel
 
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CLASS_WEIGHT = 0.01  # more makes confident pictures whose statistics are wrong, and then the ranges are too
@@ -268,7 +269,7 @@ def _moved(picture: Tensor, axes: tuple[int, ...], generator: torch.Generator) -
 
 def _graph(model: Any, example: Tensor | tuple[Tensor, ...] | None) -> tuple[GraphModule, tuple[int, ...]]:
     """The model as a graph with its batch norms, in eval mode, weights fixed; and the shape of one input."""
-    if isinstance(model, QuantizedModel):
+    if isinstance(model, QuantizedModel | TrainableModel):
         raise ModelError("the model is quantized already; learn inputs from the float model it came from")
     inputs = (example,) if isinstance(example, Tensor) else example
     module = as_module(model, inputs)

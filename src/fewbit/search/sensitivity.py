@@ -33,6 +33,7 @@ from fewbit.progress import shown
 from fewbit.registry import nearest
 from fewbit.rounding import required_statistics, round_weight
 from fewbit.search.harm import METRICS, LayerHarm, Sensitivity
+from fewbit.training.model import TrainableModel
 
 _DERIVATIVES = {"hessian", "fisher"}
 
@@ -64,7 +65,7 @@ def sensitivity(
     Raises ``FormatError``, ``RecipeError``, ``ModelError``, ``DataError`` or ``CalibrationError``.
     """
     chosen = _check(candidates, metrics, probes)
-    if isinstance(model, QuantizedModel):
+    if isinstance(model, QuantizedModel | TrainableModel):
         raise ModelError("the model is quantized already; measure the float model it came from")
     module = as_module(model)
     example = getattr(module, "meta", {}).get("example")

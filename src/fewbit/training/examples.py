@@ -77,7 +77,9 @@ def _augment(augment: Augment | str | None) -> Augment | None:
     if augment is None or callable(augment):
         return augment
     if augment != "images":
-        raise DataError(f"augment is {augment!r:.40}: expected 'images', a function (inputs, generator) or None")
+        raise DataError(
+            f"augment is {augment!r:.40}: expected 'images', a function (inputs, generator) or None"
+        )
     return moved_and_mirrored
 
 
@@ -122,8 +124,8 @@ class _Source:
 
     def held_out(self) -> Any:
         raise DataError(
-            "held_out is a share, and only arrays and data sets can be divided: give arrays, a Dataset, or the held-out "
-            "data themselves"
+            "held_out is a share, and only arrays and data sets can be divided: give arrays, a Dataset, or the "
+            "held-out data themselves"
         )
 
 
@@ -132,7 +134,11 @@ def _source(
 ) -> _Source:
     if isinstance(train, Tensor | np.ndarray | Mapping | tuple):
         return _Columns(train, batch_size, held_out, seed, processes)
-    if isinstance(train, DataLoader) and processes.count > 1 and not isinstance(train.dataset, IterableDataset):
+    if (
+        isinstance(train, DataLoader)
+        and processes.count > 1
+        and not isinstance(train.dataset, IterableDataset)
+    ):
         # Every process must see a part of its own: the loader's own sampler knows nothing of the others.
         batch_size, train = train.batch_size or batch_size, train.dataset
     if isinstance(train, Dataset) and not isinstance(train, IterableDataset):
@@ -148,9 +154,7 @@ def _source(
 class _Indexed(_Source):
     """A source of samples by number: divided once, shuffled in every epoch."""
 
-    def __init__(
-        self, count: int, batch_size: int, held_out: float, seed: int, processes: Processes
-    ) -> None:
+    def __init__(self, count: int, batch_size: int, held_out: float, seed: int, processes: Processes) -> None:
         super().__init__(processes)
         if not count:
             raise DataError("training data is empty")
@@ -187,8 +191,8 @@ class _Columns(_Indexed):
         sizes = {len(array) for array in arrays if getattr(array, "ndim", 0)}
         if len(sizes) != 1:
             raise DataError(
-                f"training data holds arrays of different lengths {sorted(sizes)}: inputs and labels need one entry per "
-                "sample (a tuple holds arrays; give batches as a list)"
+                f"training data holds arrays of different lengths {sorted(sizes)}: inputs and labels need one entry "
+                "per sample (a tuple holds arrays; give batches as a list)"
             )
         super().__init__(sizes.pop(), batch_size, held_out, seed, processes)
 
@@ -238,8 +242,8 @@ class _Ready(_Source):
         super().__init__(processes)
         if not hasattr(train, "__iter__"):
             raise DataError(
-                f"training data is a {type(train).__name__}, expected a tuple of arrays (x, y), an iterable of batches, "
-                "a Dataset, a DataLoader or a path to .npz"
+                f"training data is a {type(train).__name__}, expected a tuple of arrays (x, y), an iterable of "
+                "batches, a Dataset, a DataLoader or a path to .npz"
             )
         self.train = train
 

@@ -32,8 +32,8 @@ def check_scales(model: nn.Module) -> None:
     for name, p in _scales(model):
         if not p.requires_grad:
             raise TrainingError(
-                f"{_user_name(name)}: this scale is frozen, and its estimator learns it: call requires_grad_(), or use the "
-                "estimator 'ste', which keeps scales as they are"
+                f"{_user_name(name)}: this scale is frozen, and its estimator learns it: call requires_grad_(), or use "
+                "the estimator 'ste', which keeps scales as they are"
             )
 
 
@@ -42,8 +42,8 @@ def check_gradients(model: nn.Module) -> None:
     for name, p in _scales(model):
         if p.grad is None:
             raise TrainingError(
-                f"{_user_name(name)}: no gradient reaches this scale: its layer is not used, or a detach() or no_grad() "
-                "cuts it off from the loss"
+                f"{_user_name(name)}: no gradient reaches this scale: its layer is not used, or a detach() or "
+                "no_grad() cuts it off from the loss"
             )
 
 

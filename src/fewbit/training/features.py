@@ -63,9 +63,10 @@ def _node(graph: GraphModule, name: str) -> Node:
     found = None
     for node in graph.graph.nodes:
         owner = str(node.target) if node.op == "call_module" else str(node.meta.get("layer") or node.name)
-        if node.op in ("call_module", "call_function") and not owner.startswith(f"{QUANTIZERS}."):
-            if owner == name or owner.startswith(f"{name}.") or node.name == name:
-                found = node
+        if node.op not in ("call_module", "call_function") or owner.startswith(f"{QUANTIZERS}."):
+            continue
+        if owner == name or owner.startswith(f"{name}.") or node.name == name:
+            found = node
     if found is None:
         known = [layer_name(n) for n in graph.graph.nodes if n.op in ("call_module", "call_function")]
         raise _unknown(name, list(dict.fromkeys(known)))

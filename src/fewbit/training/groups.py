@@ -10,7 +10,9 @@ from fewbit.training.layers import TrainableLayer, TrainableStep
 _LEAST = 1e-8
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, adaptive: bool = True) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, adaptive: bool = True
+) -> list[dict[str, Any]]:
     """Parameter groups for a PyTorch optimizer: every parameter that learns, once.
 
     Weights get ``lr`` and the decay; biases and norms ``lr`` alone. Scales and clips of quantizers get no decay, and
@@ -28,7 +30,8 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, ada
             scales |= {id(p): p for p in part.estimator.parameters() if p.requires_grad}
         elif isinstance(part, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm):
             norms |= {id(p) for p in part.parameters(recurse=False)}
-    weights, others = [], []
+    weights: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if not p.requires_grad or id(p) in scales:
             continue

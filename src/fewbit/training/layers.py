@@ -6,7 +6,7 @@ converted model does: the batch norm is folded into the weights' scales, so that
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fewbit.model.integer_weights import integer_weights
-from fewbit.model.simulate import FakeQuantize
+from fewbit.model.simulate import DynamicFakeQuantize, FakeQuantize
 from fewbit.numerics.format import SMALLEST_SCALE
 from fewbit.numerics.qtensor import QTensor, fake_quantize
 from fewbit.numerics.scheme import Scheme
@@ -43,6 +43,22 @@ class TrainableStep(nn.Module):
     def converted(self) -> FakeQuantize:
         """The step with its scale as it is now."""
         return FakeQuantize(self.scheme, *self.estimator.exact())
+
+
+class DynamicStep(nn.Module):
+    """The dynamic quantize step; gradients pass straight through, since nothing is clipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = DynamicFakeQuantize()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            result: Tensor = self.step(x)
+            return result
+        with torch.no_grad():
+            value = self.step(x)
+        return x + (value - x).detach()
 
 
 class TrainableLayer(nn.Module):
@@ -79,18 +95,17 @@ class TrainableLayer(nn.Module):
         y = functional_call(self.layer, values, inputs)
         if self.norm is not None:
             y = self._normalised(y)
-        return y if self.gradient is None else _map(lambda t: quantize_gradient(t, self.gradient), y)
+        return y if self.gradient is None else _quantized_gradients(y, self.gradient)
 
     def _estimated(self, name: str) -> Tensor:
         value: Tensor = self.estimators[name](self.layer.get_parameter(name))
         return value if self.gradient is None else quantize_gradient(value, self.gradient)
 
     def _normalised(self, y: Tensor) -> Tensor:
-        assert self.norm is not None
-        if self.norm.weight is None:
-            result: Tensor = self.norm(y)
-            return result
-        return functional_call(self.norm, {"weight": self.norm.weight.abs()}, (y,))
+        norm: Any = self.norm
+        weights = {} if norm.weight is None else {"weight": norm.weight.abs()}
+        result: Tensor = functional_call(norm, weights, (y,))
+        return result
 
     # ---- as it will be deployed --------------------------------------------------------------------------------------
 
@@ -101,7 +116,7 @@ class TrainableLayer(nn.Module):
         if self.norm is None or "weight" not in found:
             return found
         q = found["weight"]
-        gain, bias = self._gain(), self._folded_bias()
+        gain, bias = norm_gain(self.norm), self._folded_bias()
         scale = q.scale.double() * gain.repeat_interleave(q.scale.numel() // len(gain))
         least = SMALLEST_SCALE
         unit = self._unit(q)
@@ -116,8 +131,8 @@ class TrainableLayer(nn.Module):
         """The layer's parameters as deployed, by name: those with codes, and what a batch norm is folded into."""
         values = {name: q.dequantize() for name, q in self.codes().items()}
         if self.norm is not None and "weight" not in values:
-            weight, gain = self.layer.get_parameter("weight"), self._gain()
-            values["weight"] = _times(weight.double(), gain, self.layer).to(weight.dtype)
+            weight, gain = self.layer.get_parameter("weight"), norm_gain(self.norm)
+            values["weight"] = times_channels(weight.double(), gain, self.layer).to(weight.dtype)
         bias = self.bias()
         return values if bias is None else {**values, "bias": bias}
 
@@ -144,15 +159,11 @@ class TrainableLayer(nn.Module):
             parameter.requires_grad_()
         return layer
 
-    def _gain(self) -> Tensor:
-        """What the batch norm multiplies each channel by: float64 [channels], positive."""
-        norm: Any = self.norm
-        gain = torch.rsqrt(norm.running_var.double() + norm.eps)
-        return gain if norm.weight is None else gain * norm.weight.detach().double().abs()
-
     def _folded_bias(self) -> Tensor:
         norm: Any = self.norm
-        bias = (self.layer.get_parameter("bias").detach().double() - norm.running_mean.double()) * self._gain()
+        bias = (self.layer.get_parameter("bias").detach().double() - norm.running_mean.double()) * norm_gain(
+            self.norm
+        )
         return bias if norm.bias is None else bias + norm.bias.detach().double()
 
     def _unit(self, q: QTensor) -> Tensor | None:
@@ -173,16 +184,22 @@ def _hard(estimator: nn.Module, weight: Tensor) -> QTensor:
     return estimator.hard(weight.detach().to(torch.float32))
 
 
-def _times(weight: Tensor, gain: Tensor, layer: nn.Module) -> Tensor:
-    """The weight with its output channels multiplied by [channels]."""
+def norm_gain(norm: Any) -> Tensor:
+    """What a batch norm multiplies each channel by, without its sign: float64 [channels]."""
+    gain = torch.rsqrt(norm.running_var.double() + norm.eps)
+    return gain if norm.weight is None else gain * norm.weight.detach().double().abs()
+
+
+def times_channels(weight: Tensor, gain: Tensor, layer: nn.Module) -> Tensor:
+    """A layer's weight with its output channels multiplied by [channels]."""
     axis = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
     shape = [1] * weight.dim()
     shape[axis] = -1
     return weight * gain.reshape(shape)
 
 
-def _map(f: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """f of every float tensor in a tuple of them (an LSTM's), or of the one that there is."""
+def _quantized_gradients(value: Any, form: GradientFormat) -> Any:
+    """The value, each float tensor of it (an LSTM gives several) with quantized gradients."""
     if isinstance(value, tuple):
-        return tuple(_map(f, each) for each in value)
-    return f(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+        return tuple(_quantized_gradients(each, form) for each in value)
+    return quantize_gradient(value, form) if isinstance(value, Tensor) else value

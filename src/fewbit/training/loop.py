@@ -1,4 +1,4 @@
-"""Epochs over data: optimizer, schedule, mixed precision, several processes; a state after each, and records of them."""
+"""Epochs over data: optimizer, schedule, mixed precision, several processes; a state and a record after each."""
 
 import copy
 import hashlib
@@ -60,11 +60,13 @@ class Settings:
         """TrainingError for values that cannot be."""
         for name, known in (("schedule", SCHEDULES), ("precision", tuple(PRECISIONS))):
             if getattr(self, name) not in known:
-                raise TrainingError(f"{name} is {getattr(self, name)!r:.40}, expected one of: {', '.join(known)}")
+                raise TrainingError(
+                    f"{name} is {getattr(self, name)!r:.40}, expected one of: {', '.join(known)}"
+                )
         if isinstance(self.optimizer, str) and self.optimizer not in OPTIMIZERS:
             raise TrainingError(
-                f"optimizer is {self.optimizer!r:.40}, expected one of {', '.join(OPTIMIZERS)}, a function that makes one "
-                "of parameter groups, or an optimizer"
+                f"optimizer is {self.optimizer!r:.40}, expected one of {', '.join(OPTIMIZERS)}, a function that "
+                "makes one of parameter groups, or an optimizer"
             )
         for name in ("epochs", "accumulate"):
             if getattr(self, name) < 1:
@@ -103,6 +105,8 @@ class Trainer:
         self.settings, self.processes, self.device = settings, processes, device
         self.model = objective.model
         self.student: nn.Module = objective.student
+        # Convolutions in 16 bits are several times faster on channels-last memory, and never slower.
+        self.images = any(p.dim() == 4 for p in self.model.parameters())
         self.state = _State()
         if settings.patience is not None and held_out is None:
             raise TrainingError("patience=... stops by held-out data: give held_out=0.1, or held-out data")
@@ -114,6 +118,8 @@ class Trainer:
         check_batch_norms(self.model, len(first[0]))
         check_scales(self.model)
         self.objective.prepare(self._moved(first))
+        if self.images:
+            self.objective.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(settings.seed + self.processes.rank)
         self.processes.agree(list(self.objective.student.state_dict().values()))
         whole = copy.deepcopy(self.model) if self.processes.strategy == "fsdp" else self.model
@@ -124,10 +130,11 @@ class Trainer:
         best: dict[str, Tensor] | None = None
         if settings.resume and path is not None and path.exists():
             best = self._resume(path, optimizer)
-        compiled = torch.compile(self.student) if settings.compile else self.student
+        if settings.compile:
+            self.student.compile()
         board = Board(settings.folder if self.processes.first else None)
         for epoch in range(self.state.epoch, settings.epochs):
-            record = self._epoch(epoch, compiled, optimizer, rates, scaler)
+            record = self._epoch(epoch, optimizer, rates, scaler)
             if self.held_out is not None:
                 record |= self._watched(self.held_out)
             self.state.epoch = epoch + 1
@@ -144,20 +151,32 @@ class Trainer:
         self._finish(whole, best, optimizer)
         return self.state.records
 
-    def _finish(self, whole: nn.Module, best: dict[str, Tensor] | None, optimizer: torch.optim.Optimizer) -> None:
+    def _finish(
+        self, whole: nn.Module, best: dict[str, Tensor] | None, optimizer: torch.optim.Optimizer
+    ) -> None:
         """The model as it ends: the best by held-out data if these decide, in one piece."""
         if best is not None or whole is not self.model:
-            state = best if best is not None else self.processes.everyone(full_state(self.objective.student, optimizer)[0])
+            state = (
+                best
+                if best is not None
+                else self.processes.everyone(full_state(self.objective.student, optimizer)[0])
+            )
             prefix = "tapped.model."
             own = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
             whole.load_state_dict(own)
         self.model = whole
+        if self.images:
+            self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.model.eval()
 
     # ---- one epoch ---------------------------------------------------------------------------------------------------
 
     def _epoch(
-        self, epoch: int, student: nn.Module, optimizer: torch.optim.Optimizer, rates: list[float], scaler: Any
+        self,
+        epoch: int,
+        optimizer: torch.optim.Optimizer,
+        rates: list[float],
+        scaler: Any,
     ) -> dict[str, Any]:
         started = time.perf_counter()
         self.model.train()
@@ -170,12 +189,13 @@ class Trainer:
             inputs = self._moved(inputs)
             labels = None if labels is None else labels.to(self.device)
             done = (epoch + (index / steps if steps else 0.0)) / self.settings.epochs
+            share = self._share(done)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * self._share(done)
+                group["lr"] = rate * share
             if isinstance(self.model, TrainableModel):
                 self.model.set_progress(done)
             with self._autocast():
-                loss, found = self.objective(student, inputs, labels, index)
+                loss, found = self.objective(self.student, inputs, labels, index)
             if not bool(torch.isfinite(loss)):
                 raise TrainingError(self._not_finite(epoch, index, inputs))
             scaler.scale(loss / self.settings.accumulate).backward()
@@ -192,7 +212,7 @@ class Trainer:
         if not batches:
             raise DataError(f"training data gave no batch in epoch {epoch + 1}: it can be read once only")
         mean, correct, total = self.processes.mean([sums / batches, float(right), float(seen)])
-        record = {"epoch": epoch + 1, "loss": mean, "lr": max(group["lr"] for group in optimizer.param_groups)}
+        record = {"epoch": epoch + 1, "loss": mean, "lr": optimizer.param_groups[0]["lr"]}
         if total:
             record["accuracy"] = correct / total
         return record | {"seconds": round(time.perf_counter() - started, 2)}
@@ -223,7 +243,10 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _moved(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(x.to(self.device, non_blocking=True) for x in inputs)
+        moved = (x.to(self.device, non_blocking=True) for x in inputs)
+        if not self.images:
+            return tuple(moved)
+        return tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in moved)
 
     def _optimizer(self) -> tuple[torch.optim.Optimizer, list[float]]:
         asked = self.settings.optimizer
@@ -232,9 +255,13 @@ class Trainer:
             return asked, [float(group["lr"]) for group in asked.param_groups]
         name = asked if isinstance(asked, str) else "adamw"
         rate = self.settings.lr or _RATES[name]
-        groups = parameter_groups(self.objective.student, rate, self.settings.weight_decay, adaptive=name != "sgd")
+        groups = parameter_groups(
+            self.objective.student, rate, self.settings.weight_decay, adaptive=name != "sgd"
+        )
         if not groups:
-            raise TrainingError("nothing learns: no parameter of the model requires gradients; call requires_grad_()")
+            raise TrainingError(
+                "nothing learns: no parameter of the model requires gradients; call requires_grad_()"
+            )
         if callable(asked):
             made = asked(groups)
         elif asked == "sgd":
@@ -249,8 +276,8 @@ class Trainer:
         strange = sum(id(p) not in own for p in given)
         if strange:
             raise TrainingError(
-                f"{strange} of the optimizer's {len(given)} parameters are not the model's: it was built before the model "
-                "was quantized, or for another one; build it from the quantized model's parameters(), or name it "
+                f"{strange} of the optimizer's {len(given)} parameters are not the model's: it was built before the "
+                "model was quantized, or for another one; build it from the quantized model's parameters(), or name it "
                 "(optimizer='sgd')"
             )
 
@@ -268,7 +295,9 @@ class Trainer:
             found = logits(answer, "the model").float()
             labels = labels.to(self.device)
             own = self.objective.label_loss
-            loss += float(own(found, labels) if own is not None else label_loss(found, labels, index)) * len(labels)
+            loss += float(own(found, labels) if own is not None else label_loss(found, labels, index)) * len(
+                labels
+            )
             samples += len(labels)
             if not labels.is_floating_point():
                 right += int((found.argmax(-1) == labels).sum())
@@ -296,7 +325,9 @@ class Trainer:
         """What a saved state belongs to."""
         names = {name: tuple(p.shape) for name, p in self.objective.student.named_parameters()}
         settings = {k: v for k, v in vars(self.settings).items() if k not in ("folder", "resume", "progress")}
-        text = json.dumps([list(names.items()), settings, self.processes.count], default=_name, sort_keys=True)
+        text = json.dumps(
+            [list(names.items()), settings, self.processes.count], default=_name, sort_keys=True
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _save(
@@ -330,4 +361,3 @@ class Trainer:
 
 def _name(value: Any) -> str:
     return getattr(value, "__name__", type(value).__name__)
-

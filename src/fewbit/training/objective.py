@@ -1,4 +1,4 @@
-"""What training minimises: labels, a teacher's outputs, a teacher's features, oscillation; and what can be wrong there."""
+"""What training minimises: the loss on labels, on a teacher's outputs and features; and what can be wrong there."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,8 +130,8 @@ class Objective:
         if taught is not None and self.distillation.loss is not None:
             if taught.shape != found.shape:
                 raise ModelError(
-                    f"the teacher gives outputs of shape {tuple(taught.shape)} and the model {tuple(found.shape)}: they "
-                    "must agree, since one learns the other's; give a teacher for the same classes"
+                    f"the teacher gives outputs of shape {tuple(taught.shape)} and the model {tuple(found.shape)}: "
+                    "they must agree, since one learns the other's; give a teacher for the same classes"
                 )
             own, theirs, kept = _counted(found, taught, labels)
             loss = logits_loss(self.distillation.loss)
@@ -171,8 +171,8 @@ def label_loss(found: Tensor, labels: Tensor, index: int) -> Tensor:
     if bool(wrong.any()):
         place = tuple(wrong.nonzero()[0].tolist())
         raise DataError(
-            f"training data: batch {index} has label {int(labels[place])} at {place}, and the model has {classes} classes, "
-            f"0 to {classes - 1}: mend the labels, or the model's last layer"
+            f"training data: batch {index} has label {int(labels[place])} at {place}, and the model has {classes} "
+            f"classes, 0 to {classes - 1}: mend the labels, or the model's last layer"
         )
     return F.cross_entropy(found.reshape(-1, classes), labels.reshape(-1).long(), ignore_index=IGNORED)
 
@@ -186,7 +186,9 @@ def logits(output: Any, name: str) -> Tensor:
     elif isinstance(output, tuple | list) and output:
         output = output[0]
     if not isinstance(output, Tensor):
-        raise ModelError(f"{name} gives a {type(output).__name__}, expected a tensor, or several with 'logits'")
+        raise ModelError(
+            f"{name} gives a {type(output).__name__}, expected a tensor, or several with 'logits'"
+        )
     return output
 
 

@@ -49,4 +49,3 @@ class Oscillation(nn.Module):
         self.last = codes
         if self.threshold is not None:
             self.frozen |= self.frequency > self.threshold
-

@@ -58,7 +58,9 @@ class Processes:
         """The first process's tensors, in all of them; others may come with none."""
         if self.count == 1:
             return state
-        found: list[Any] = [{name: (tuple(t.shape), t.dtype) for name, t in state.items()} if self.first else None]
+        found: list[Any] = [
+            {name: (tuple(t.shape), t.dtype) for name, t in state.items()} if self.first else None
+        ]
         dist.broadcast_object_list(found, 0)
         tensors = {n: state[n] if self.first else torch.empty(s, dtype=d) for n, (s, d) in found[0].items()}
         self.agree(list(tensors.values()))
@@ -88,20 +90,24 @@ def processes(strategy: str = "ddp") -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size(), strategy)
 
 
-def full_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def full_state(
+    module: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The whole state of a module and its optimizer, however shared, on the CPU, by parameters' names.
 
     Every process must ask for it; it is for the first one alone.
     """
     model, state = get_state_dict(module, optimizer, options=_options())
-    return dict(model), dict(state)
+    return dict(model), dict(state)  # type: ignore[arg-type]
 
 
 def set_full_state(
     module: nn.Module, optimizer: torch.optim.Optimizer, model: dict[str, Tensor], state: dict[str, Any]
 ) -> None:
     """The inverse of `full_state`, in every process."""
-    set_state_dict(module, optimizer, model_state_dict=model, optim_state_dict=state, options=_options())
+    set_state_dict(
+        module, optimizer, model_state_dict=dict(model), optim_state_dict=state, options=_options()
+    )
 
 
 def _options() -> StateDictOptions:

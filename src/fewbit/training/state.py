@@ -1,6 +1,6 @@
 """A training's state after each epoch, in one safetensors file, so that it can go on after an interruption.
 
-Model, optimizer and random generators: what the next epoch depends on. Written beside the file first, then in its place.
+Model, optimizer and random generators: what the next epoch depends on. Written beside the file, then in its place.
 """
 
 import json
@@ -66,8 +66,8 @@ def load_state(path: Path, owner: str) -> tuple[dict[str, Tensor], dict[str, Any
         raise ArtifactError(f"{path}: damaged state ({error}); delete it to start anew") from error
     if version != VERSION or found != owner:
         raise TrainingError(
-            f"{path}: the state of another training: another model, recipe, seed or number of epochs; delete it, or give "
-            "another folder"
+            f"{path}: the state of another training: another model, recipe, seed or number of epochs; delete it, or "
+            "give another folder"
         )
     _restore(tensors, header["python"])
     return model, optimizer, rest
@@ -81,7 +81,7 @@ def _random() -> dict[str, Tensor]:
 
 
 def _python_random() -> dict[str, Any]:
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, numbers, next_gauss = random.getstate()
     return {
         "numpy": [kind, [int(k) for k in keys], int(position), int(has_gauss), float(gauss)],
@@ -92,7 +92,11 @@ def _python_random() -> dict[str, Any]:
 def _restore(tensors: dict[str, Tensor], python: dict[str, Any]) -> None:
     torch.set_rng_state(tensors["random|torch"])
     if torch.cuda.is_available():
-        states = [tensors[f"random|cuda{i}"] for i in range(torch.cuda.device_count()) if f"random|cuda{i}" in tensors]
+        states = [
+            tensors[f"random|cuda{i}"]
+            for i in range(torch.cuda.device_count())
+            if f"random|cuda{i}" in tensors
+        ]
         if len(states) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(states)
     kind, keys, position, has_gauss, gauss = python["numpy"]

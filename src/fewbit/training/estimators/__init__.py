@@ -1,4 +1,4 @@
-"""How gradients pass through rounding, and what else learns: one estimator a file, with `Weights`, `Activations` or both."""
+"""How gradients pass through rounding, and what else learns: one estimator a file, with `Weights` or `Activations`."""
 
 from abc import ABC, abstractmethod
 
@@ -81,7 +81,7 @@ class WeightEstimator(nn.Module, ABC):
         return values, scale
 
     def watch(self, weight: Tensor, threshold: float | None) -> None:
-        """Begin to watch for codes that oscillate, and freeze those that turn round in more than this share of steps."""
+        """Begin to watch for codes that oscillate; those that turn round in more than this share of steps freeze."""
         with torch.no_grad():
             values, _ = self.parts(blocks(weight, self.scheme))
         self.oscillation = Oscillation(values, threshold)
@@ -218,9 +218,7 @@ def weight_estimator(name: str, weight: Tensor, q: QTensor) -> WeightEstimator:
     return found(weight, q)
 
 
-def activation_estimator(
-    name: str, scheme: Scheme, scale: Tensor, zero_point: Tensor
-) -> ActivationEstimator:
+def activation_estimator(name: str, scheme: Scheme, scale: Tensor, zero_point: Tensor) -> ActivationEstimator:
     """A fresh estimator of activations. Raises RecipeError as `weight_estimator` does."""
     found: type[ActivationEstimator] | None = getattr(registry.module(name), "Activations", None)
     if found is None or not found.accepts(scheme):

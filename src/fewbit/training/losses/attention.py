@@ -1,4 +1,4 @@
-"""Where the teacher looks: Zagoruyko & Komodakis, "Paying More Attention to Attention" (arXiv 1612.03928), equation 2."""
+"""Where the teacher looks: Zagoruyko & Komodakis, "Paying More Attention to Attention" (arXiv 1612.03928)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -12,7 +12,9 @@ _TARGET, _OTHERS = 1.0, 2.0  # weights of the two parts; the paper tunes the sec
 def loss(student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
     """Both parts, times the squared temperature."""
     if labels is None:
-        raise DataError("distillation loss 'dkd' needs labels: it treats the right class apart; use 'kd' without them")
+        raise DataError(
+            "distillation loss 'dkd' needs labels: it treats the right class apart; use 'kd' without them"
+        )
     classes = student.shape[-1]
     found, wanted = (x.reshape(-1, classes) / temperature for x in (student, teacher))
     right = F.one_hot(labels.reshape(-1).long(), classes).bool()

@@ -1,4 +1,4 @@
-"""Squared error of the outputs themselves, for any task: Ba & Caruana, "Do Deep Nets Really Need to be Deep?" (arXiv 1312.6184)."""
+"""Squared error of outputs, for any task: Ba & Caruana, "Do Deep Nets Really Need to be Deep?" (arXiv 1312.6184)."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,0 +1,40 @@
+"""Balanced signs and a gradient that sharpens: Qin et al., "... Information Retention Network" (arXiv 1909.10788).
+
+Weights less their mean are signs times a power of two; the estimator's slope goes from wide to steep with `progress`.
+"""
+
+import torch
+from torch import Tensor
+
+from fewbit.numerics.format import Format
+from fewbit.numerics.scheme import Scheme
+from fewbit.training.estimators import LearnedRange, WeightEstimator
+from fewbit.training.estimators._signs import decaying, sign
+
+
+class Weights(WeightEstimator):
+    """Binary."""
+
+    @classmethod
+    def accepts(cls, spec: Format) -> bool:
+        return spec.name == "binary"
+
+    def parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        centred = rows - rows.mean(1, keepdim=True)
+        normal = centred / centred.std(1, keepdim=True).clamp(min=1e-12)
+        size = torch.exp2(torch.round(torch.log2(self.limited(centred.abs().mean(1, keepdim=True), rows))))
+        return sign(normal, decaying(normal.detach(), self.progress)), size.detach()
+
+
+class Activations(LearnedRange):
+    """One bit: nothing or the scale; the slope is that of the decaying estimator around half the scale."""
+
+    @classmethod
+    def accepts(cls, scheme: Scheme) -> bool:
+        return scheme.spec.name == "uint1"
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self._scale()
+        v = 2 * x / scale.to(x.dtype) - 1 - 2 * self.lo.to(x.dtype)
+        half = (sign(v, decaying(v.detach(), self.progress)) + 1) / 2 + self.lo.to(x.dtype)
+        return half * scale.to(x.dtype)
