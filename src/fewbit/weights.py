@@ -46,14 +46,14 @@ def _limit(bias: Tensor | None, scale: float | None, runtime: Target, portable: 
     def widen(weight: Tensor, lo: Tensor, hi: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         if portable:
             lo, hi = runtime.portable_bounds(weight, lo, hi, scheme)
-        if bias is not None and scale is not None and scheme.symmetric:
+        if bias is not None and scale is not None and scheme.granularity != "group":
             # A nearly dead channel has tiny weights and an ordinary bias, which must fit the accumulator.
-            least = (
-                bias.detach().abs() / (scale * 2.0**_BIAS_BITS) * (scheme.qmax / (scheme.spec.unit or 1.0))
-            )
+            least = bias.detach().abs() / (scale * 2.0**_BIAS_BITS) / (scheme.spec.unit or 1.0)
             least = least if scheme.granularity == "channel" else least.max().reshape(1)
-            if scheme.granularity != "group":
-                lo, hi = torch.minimum(lo, -least), torch.maximum(hi, least)
+            if scheme.symmetric:
+                lo, hi = torch.minimum(lo, -least * scheme.qmax), torch.maximum(hi, least * scheme.qmax)
+            else:
+                hi = torch.maximum(hi, lo + least * (scheme.qmax - scheme.qmin))
         return lo, hi
 
     return widen

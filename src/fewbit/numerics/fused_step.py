@@ -19,7 +19,7 @@ _logger = logging.getLogger(__name__)
 def fused_step(
     x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor, grad_scale: float = 1.0, clipped_only: bool = False
 ) -> Tensor:
-    """clamp(round(x / scale), lo, hi) * scale; rounding passes gradients straight through.
+    """round(clamp(x / scale, lo, hi)) * scale; rounding passes gradients straight through.
 
     Gradients: for ``x`` where it is not clipped; for ``scale`` as in LSQ (arXiv 1902.08153, equation 3), times
     ``grad_scale``, or of clipped values alone (PACT, arXiv 1805.06085); for ``lo`` and ``hi``, if they need one, as
@@ -65,35 +65,34 @@ class _FusedStep(torch.autograd.Function):
 
 
 def _forward(x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    codes = torch.clamp(torch.round(x.float() / scale), lo, hi)
+    codes = torch.round(torch.clamp(x.float() / scale, lo, hi))
     return (codes * scale).to(x.dtype)
 
 
 def _backward(gradient: Tensor, x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     v = x.float() / scale
-    codes = torch.round(v)
-    clipped = torch.clamp(codes, lo, hi)
+    clipped = torch.clamp(v, lo, hi)
     g = gradient.float()
-    inside = codes == clipped
-    slope = torch.where(inside, codes - v, clipped)
+    inside = v == clipped
+    slope = torch.round(clipped) - torch.where(inside, v, 0.0)
     return torch.where(inside, g, 0.0).to(gradient.dtype), (g * slope).sum()
 
 
 def _backward_clipped(
     gradient: Tensor, x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor
 ) -> tuple[Tensor, Tensor]:
-    codes = torch.round(x.float() / scale)
-    clipped = torch.clamp(codes, lo, hi)
+    v = x.float() / scale
+    clipped = torch.clamp(v, lo, hi)
     g = gradient.float()
-    inside = codes == clipped
+    inside = v == clipped
     return torch.where(inside, g, 0.0).to(gradient.dtype), (g * torch.where(inside, 0.0, clipped)).sum()
 
 
 def _backward_bounds(
     gradient: Tensor, x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor
 ) -> tuple[Tensor, Tensor]:
-    codes, g = torch.round(x.float() / scale), gradient.float()
-    return scale * torch.where(codes < lo, g, 0.0).sum(), scale * torch.where(codes > hi, g, 0.0).sum()
+    v, g = x.float() / scale, gradient.float()
+    return scale * torch.where(v < lo, g, 0.0).sum(), scale * torch.where(v > hi, g, 0.0).sum()
 
 
 _Kernel = Callable[..., Any]

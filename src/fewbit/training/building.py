@@ -179,9 +179,14 @@ class _Builder:
         estimators = {}
         for row in rows:
             name = row.site.rpartition(".")[2]
-            estimators[name] = self._estimator(row, layer.get_parameter(name), norm)
+            estimators[name] = self._estimator(row, layer.get_parameter(name), norm, self._integer(path))
         gradient = self.gradient if rows else None
         replace_layer(self.network, path, TrainableLayer(layer, estimators, norm, self._read(path), gradient))
+
+    def _integer(self, path: str) -> bool:
+        """Whether a layer computes on codes."""
+        nodes = self.network.graph.nodes
+        return any(n.op == "call_module" and n.target == path and n.name in self.model.integer for n in nodes)
 
     def _norm(self, path: str, rows: list[Row]) -> Norm | None:
         """The batch norm that goes on beside the layer; None where there is none, or the scales are not free."""
@@ -198,7 +203,9 @@ class _Builder:
                 return None
         return norm
 
-    def _estimator(self, row: Row, parameter: nn.Parameter, norm: Norm | None) -> WeightEstimator:
+    def _estimator(
+        self, row: Row, parameter: nn.Parameter, norm: Norm | None, integer: bool
+    ) -> WeightEstimator:
         if id(parameter) in self.estimators:
             return self.estimators[id(parameter)]
         q = self.model.qtensors[row.site]
@@ -209,7 +216,7 @@ class _Builder:
         with torch.no_grad():
             parameter.copy_(_agreeing(parameter, q))
         estimator = weight_estimator(name, parameter.detach(), q)
-        if self.portable is not None and spec.integer and spec.bits == 8:
+        if self.portable is not None and integer and spec.integer and spec.bits == 8:
             estimator.limit = _PortableLimit(self.portable, q)
         if self.training.freeze is not None and spec.integer:
             estimator.watch(parameter.detach(), self.training.freeze)

@@ -44,6 +44,14 @@ class TrainableStep(nn.Module):
         """The step with its scale as it is now."""
         return FakeQuantize(self.scheme, *self.estimator.exact())
 
+    @torch.no_grad()
+    def take_scale(self, step: nn.Module) -> None:
+        """The scale of a converted step, which may have been moved a little."""
+        assert isinstance(step, FakeQuantize)
+        if not torch.equal(step.scale, self.estimator.exact()[0]):
+            scale: Any = self.estimator.scale
+            scale.copy_(step.scale.reshape(scale.shape))
+
 
 class DynamicStep(nn.Module):
     """The dynamic quantize step; gradients pass straight through, since nothing is clipped."""

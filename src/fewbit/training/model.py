@@ -128,6 +128,8 @@ class TrainableModel(nn.Module):
             graph, self.plan, qtensors, self.integer, self.example, self.target, copy.deepcopy(self.facts)
         )
         separate_ties(model)
+        for path, step in self.steps():
+            step.take_scale(model.graph.get_submodule(path))
         round_biases(model)
         return model
 

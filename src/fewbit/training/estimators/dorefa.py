@@ -26,7 +26,7 @@ class Weights(WeightEstimator):
             return self.rounded(rows / self.reach), rows.abs().mean().expand(len(rows), 1)
         squashed = torch.tanh(rows)
         largest = squashed.abs().amax().detach().clamp(min=1e-12)
-        top = torch.minimum(self.hi.abs().amax(), self.lo.abs().amax()).clamp(min=1.0)
+        top = torch.maximum(self.hi.abs().amax(), self.lo.abs().amax())
         scale = self.limited((self.reach / top).expand(len(rows), 1), squashed / largest * self.reach)
         return self.rounded(squashed / largest * self.reach / scale), scale
 
