@@ -33,9 +33,9 @@ def test_the_fused_step_is_lsq(size, layout):
     if layout == "channels last":
         x = x.reshape(-1, 2, 5 if size == 50 else 8, 1).contiguous(memory_format=torch.channels_last)
     x = (x.repeat(2, *[1] * (x.dim() - 1))[::2] if layout == "strided" else x).requires_grad_()
-    scale = torch.tensor(0.37, requires_grad=True)
+    scale = torch.tensor([0.37], requires_grad=True)
     gradient = torch.randn_like(x)
-    y = fused.fused_step(x, scale, torch.tensor(-2.0), torch.tensor(3.0), grad_scale=0.5)
+    y = fused.fused_step(x, scale, torch.tensor([-2.0]), torch.tensor([3.0]), grad_scale=0.5)
     y.backward(gradient)
     cut = slice(0, 50)
     pairs = [lsq_by_number(v, scale.item(), -2, 3) for v in x.detach().reshape(-1)[cut].tolist()]

@@ -27,8 +27,8 @@ def fused_step(
 
     Args:
         x: float of any shape and floating dtype.
-        scale: float32 scalar, positive.
-        lo, hi: float32 scalars on x's device, whole numbers: smallest and largest code, less the zero point.
+        scale: float32 [1], positive.
+        lo, hi: float32 [1] on x's device, whole numbers: smallest and largest code, less the zero point.
 
     Returns:
         x's shape and dtype.
@@ -61,7 +61,8 @@ class _FusedStep(torch.autograd.Function):
         of_lo = of_hi = None
         if ctx.needs_input_grad[2]:
             of_lo, of_hi = _backward_bounds(around, flat, scale, lo, hi)
-        return _shaped(gx, x, shape), of_scale * ctx.grad_scale, of_lo, of_hi, None, None
+        of_scale = (of_scale * ctx.grad_scale).reshape(1)
+        return _shaped(gx, x, shape), of_scale, of_lo, of_hi, None, None
 
 
 def _forward(x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def _kernel(x: Tensor, function: _Kernel) -> _Kernel:
 @cache
 def _compiled(device: str) -> dict[_Kernel, _Kernel]:
     """Each function as one loop, or as it is where nothing can compile them."""
-    x, one = torch.ones(_LARGE, device=device), torch.ones((), device=device)
+    x, one = torch.ones(_LARGE, device=device), torch.ones(1, device=device)
     plain: list[_Kernel] = [_forward, _backward, _backward_clipped]
     compiled = [torch.compile(function, dynamic=True) for function in plain]
     try:

@@ -106,7 +106,8 @@ class Trainer:
         self.model = objective.model
         self.student: nn.Module = objective.student
         # Convolutions in 16 bits are several times faster on channels-last memory, and never slower.
-        self.images = any(p.dim() == 4 for p in self.model.parameters())
+        # FSDP cannot shard it.
+        self.images = any(p.dim() == 4 for p in self.model.parameters()) and processes.strategy != "fsdp"
         self.state = _State()
         if settings.patience is not None and held_out is None:
             raise TrainingError("patience=... stops by held-out data: give held_out=0.1, or held-out data")
@@ -164,6 +165,7 @@ class Trainer:
             prefix = "tapped.model."
             own = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
             whole.load_state_dict(own)
+        self.processes.agree(list(whole.state_dict().values()))  # each has batch norms' statistics of its own
         self.model = whole
         if self.images:
             self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

@@ -108,7 +108,12 @@ def set_full_state(
     set_state_dict(
         module, optimizer, model_state_dict=dict(model), optim_state_dict=state, options=_options()
     )
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                # Fused optimizers go through memory in its order, so that it must be the parameter's.
+                values[key] = torch.empty_like(parameter).copy_(value)
 
 
 def _options() -> StateDictOptions:
-    return StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+    return StateDictOptions(full_state_dict=True, cpu_offload=True)

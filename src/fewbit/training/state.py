@@ -26,15 +26,17 @@ def save_state(
 ) -> None:
     """Write all of it. ``rest``: JSON values. Raises ArtifactError where it cannot be written."""
     tensors = {f"model|{name}": value.clone().contiguous() for name, value in model.items()}
-    plain = {}
-    for key, value in optimizer.items():
-        if isinstance(value, Tensor):
-            tensors[f"optimizer|{key}"] = value.detach().cpu().clone().contiguous()
-        else:
-            plain[key] = value
+    plain: dict[str, dict[str, Any]] = {}
+    for parameter, state in optimizer["state"].items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer|{parameter}|{key}"] = value.detach().cpu().clone().contiguous()
+            else:
+                plain.setdefault(parameter, {})[key] = value
     tensors |= {f"random|{name}": value for name, value in _random().items()}
     header = {
-        "version": VERSION, "owner": owner, "plain": plain, "rest": rest, "python": _python_random(),
+        "version": VERSION, "owner": owner, "groups": optimizer["param_groups"], "plain": plain, "rest": rest,
+        "python": _python_random(),
     }  # fmt: skip
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -57,10 +59,12 @@ def load_state(path: Path, owner: str) -> tuple[dict[str, Tensor], dict[str, Any
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         found, version = header["owner"], header["version"]
         model = {name[len("model|") :]: value for name, value in tensors.items() if name.startswith("model|")}
-        optimizer = dict(header["plain"])
+        state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in header["plain"].items()}
         for name, value in tensors.items():
             if name.startswith("optimizer|"):
-                optimizer[name[len("optimizer|") :]] = value
+                _, parameter, key = name.split("|", 2)
+                state.setdefault(parameter, {})[key] = value
+        optimizer = {"state": state, "param_groups": header["groups"]}
         rest = dict(header["rest"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{path}: damaged state ({error}); delete it to start anew") from error

@@ -160,8 +160,8 @@ class LearnedRange(ActivationEstimator):
 
     def __init__(self, scheme: Scheme, scale: Tensor, zero_point: Tensor) -> None:
         super().__init__(scheme, scale, zero_point)
-        self.scale = nn.Parameter(scale.detach().clone().reshape(()))
-        start = zero_point.detach().clone().reshape(())
+        self.scale = nn.Parameter(scale.detach().clone().reshape(1))  # not a scalar: FSDP shards none
+        start = zero_point.detach().clone().reshape(1)
         if self.OFFSET:
             self.zero_point = nn.Parameter(start.to(torch.float32))
         else:
@@ -183,7 +183,7 @@ class LearnedRange(ActivationEstimator):
 
     @torch.no_grad()
     def exact(self) -> tuple[Tensor, Tensor]:
-        return self._scale().detach().reshape(1), self._zero_point().detach().to(torch.int32).reshape(1)
+        return self._scale().detach(), self._zero_point().detach().to(torch.int32)
 
     def _scale(self) -> Tensor:
         return self.scale.abs().clamp(min=SMALLEST_SCALE)
