@@ -68,8 +68,7 @@ def trained(name: str, args: argparse.Namespace, train: tuple[Tensor, Tensor]) -
     asked, estimators, more = CONFIGURATIONS[name]
     kept = folder / "model"
     if kept.exists():
-        model = fewbit.load(kept)
-        return model, sum(r["seconds"] for r in model.facts["training"])
+        return fewbit.load(kept), _seconds(folder)
     net = build("resnet20", weights_file("resnet20")).eval()
     teacher = build(args.teacher, weights_file(args.teacher)).eval()
     model = fewbit.finetune(
@@ -77,7 +76,12 @@ def trained(name: str, args: argparse.Namespace, train: tuple[Tensor, Tensor]) -
         resume=True, seed=args.seed, **{**COMMON, **more}, **asked,
     )  # fmt: skip
     fewbit.save(model, kept)
-    return model, sum(r["seconds"] for r in model.facts["training"])
+    return model, _seconds(folder)
+
+
+def _seconds(folder: Path) -> float:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return sum(float(json.loads(line)["seconds"]) for line in lines)
 
 
 def main() -> int:
@@ -138,10 +142,10 @@ def exported(model: Any, images: Tensor, classes: Tensor) -> dict[str, Any]:
 def in_program(model: Any, images: Tensor) -> Tensor:
     """The classes that the integer reference gives."""
     from fewbit.model.lowering import lower
-    from fewbit.model.reference import run
+    from fewbit.model.reference import Reference
 
-    program = lower(model)
-    return torch.cat([run(program, [part])[0].argmax(1) for part in images.split(500)])
+    reference = Reference(lower(model))
+    return torch.cat([reference(part).argmax(1) for part in images.split(100)])
 
 
 if __name__ == "__main__":

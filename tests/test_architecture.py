@@ -29,7 +29,9 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 LEVEL |= {path.stem: LEVEL["pipeline"] for path in SOURCE.glob("fewbit/[!_]*.py") if path.stem not in LEVEL}
 
 # Folders in which a file is a plug-in, unless its name starts with an underscore: its neighbours share that.
-PLUG_INS = ["numerics.formats", "passes", "observers", "rounding", "targets"]
+PLUG_INS = [
+    "numerics.formats", "passes", "observers", "rounding", "targets", "training.estimators", "training.losses",
+]  # fmt: skip
 
 HEAVY = {
     "onnx",
