@@ -1,5 +1,6 @@
 """Inputs of the benchmarks: CIFAR-10 and the folder it lies in, noisy digits, seeded synthetic images."""
 
+import gzip
 import os
 import sys
 from collections.abc import Callable
@@ -95,6 +96,16 @@ def pixels(split: str, count: int | None = None, seed: int = 0) -> tuple[np.ndar
     images, labels = _sheets(split, 50_000 if split == "train" else 10_000)
     drawn = np.random.default_rng(seed).permutation(len(images))[:count] if count else np.arange(len(images))
     return np.ascontiguousarray(images[drawn].transpose(0, 2, 3, 1)).astype(np.float32), labels[drawn]
+
+
+def mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """MNIST's "train" or "test" digits, 0 to 1, [n, 1, 28, 28] float32, and labels int64."""
+    stem = data_folder() / "mnist" / {"train": "train", "test": "t10k"}[split]
+    with gzip.open(f"{stem}-images-idx3-ubyte.gz") as file:
+        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    with gzip.open(f"{stem}-labels-idx1-ubyte.gz") as file:
+        labels = np.frombuffer(file.read(), np.uint8, offset=8)
+    return images.astype(np.float32) / np.float32(255), labels.astype(np.int64)
 
 
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
