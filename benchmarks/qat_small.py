@@ -73,7 +73,9 @@ def finished(name: str, seed: int, make: Any) -> nn.Module:
     return model
 
 
-def from_float(name: str, make: Any, few: dict[str, Any], epochs: tuple[int, int], seed: int) -> tuple[float, float, Any]:
+def from_float(
+    name: str, make: Any, few: dict[str, Any], epochs: tuple[int, int], seed: int
+) -> tuple[float, float, Any]:
     """Float accuracy, that in few bits after distillation from float, and the quantized model."""
     torch.manual_seed(seed)
     train, test = ([torch.from_numpy(a) for a in mnist(split)] for split in ("train", "test"))
@@ -148,7 +150,10 @@ def main() -> int:
         base, found, _ = run(args.seed)
         met, bar = judge(round(base, 2), round(found, 2))
         missed += not met
-        print(f"{name:46s} float {base:5.2f} %  few bits {found:5.2f} %  {bar}: {'met' if met else 'MISSED'}", flush=True)
+        print(
+            f"{name:46s} float {base:5.2f} %  few bits {found:5.2f} %  {bar}: {'met' if met else 'MISSED'}",
+            flush=True,
+        )
     return 1 if missed else 0
 
 

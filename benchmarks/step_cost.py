@@ -50,10 +50,14 @@ def main() -> int:
         for name, values in times.items():
             pairs = sorted(a / b for a, b in zip(values, times["float"], strict=True))
             spread = f"{pairs[len(pairs) // 4]:.2f} to {pairs[-len(pairs) // 4]:.2f}"
-            rows.append([name, f"{1000 * statistics.median(values):.0f}", f"{statistics.median(pairs):.2f}", spread])
+            rows.append(
+                [name, f"{1000 * statistics.median(values):.0f}", f"{statistics.median(pairs):.2f}", spread]
+            )
         rows += [[name, "-", "failed", str(reason)] for name, reason in found["failed"].items()]
         precision = "bfloat16 autocast" if bfloat16 else "float32"
-        print(f"\n{args.network}, batch {args.batch} of {args.size} x {args.size}, {precision}, {args.threads} threads")
+        print(
+            f"\n{args.network}, batch {args.batch} of {args.size} x {args.size}, {precision}, {args.threads} threads"
+        )
         print(text_table(["step", "ms", "x float", "quartiles"], rows))
         ours = statistics.median(a / b for a, b in zip(times["fewbit W8A8"], times["float"], strict=True))
         peers = [n for n in times if n in ("torchao PT2E QAT", "Brevitas")]
@@ -62,7 +66,9 @@ def main() -> int:
             missed |= ours > MOST
             print(f"bar: at most {MOST} x float: {ours:.2f}, {'met' if ours <= MOST else 'MISSED'}")
         missed |= bool(slower)
-        print(f"bar: no slower than {' and '.join(peers)}: {'MISSED: ' + ', '.join(slower) if slower else 'met'}")
+        print(
+            f"bar: no slower than {' and '.join(peers)}: {'MISSED: ' + ', '.join(slower) if slower else 'met'}"
+        )
     return 1 if missed else 0
 
 

@@ -89,7 +89,9 @@ def main() -> None:
     failed: dict[str, str] = {}
     for name, make in MAKERS.items():
         try:
-            steps[name] = stepper(make(build(args.network, weights_file(args.network)), x), x, labels, args.bfloat16)
+            steps[name] = stepper(
+                make(build(args.network, weights_file(args.network)), x), x, labels, args.bfloat16
+            )
             for _ in range(3):
                 steps[name]()
         except Exception as error:  # a peer that fails is a row that says so

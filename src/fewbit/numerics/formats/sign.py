@@ -25,6 +25,9 @@ class Binary(Levels):
         super().__init__(name, 1, {0: 1.0, 1: -1.0})
         self.scaled = scaled
 
+    def nearest(self, v: Tensor) -> Tensor:
+        return torch.where(v < 0, -1.0, 1.0)
+
     def scales(self, span: Tensor, top: Tensor | float) -> Tensor:
         """As everywhere, but of a block that is all zeros next to nothing, since zero is not a level."""
         return (span / top).clamp(min=SMALLEST_SCALE).to(torch.float32)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.numerics.format import Format
+from fewbit.numerics.fused_step import fused_step
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import blocks, unblocks
 from fewbit.training.estimators import LearnedRange, WeightEstimator
@@ -38,8 +39,12 @@ class Weights(WeightEstimator):
         rows = blocks(weight, self.scheme)
         scale = self.limited(self.scale, rows)
         lo, hi = self.bounds()
-        result: Tensor = _Step.apply(rows, scale, lo, hi, self.scheme.spec, self._grad_scale)
-        return unblocks(result, weight.shape, self.scheme)
+        spec = self.scheme.spec
+        if spec.integer or spec.bits == 1:
+            values = fused_step(rows, scale, lo, hi, self._grad_scale, sign=not spec.integer)
+        else:
+            values = _Step.apply(rows, scale, lo, hi, spec, self._grad_scale)
+        return unblocks(values, weight.shape, self.scheme)
 
 
 class _Step(torch.autograd.Function):
@@ -51,7 +56,7 @@ class _Step(torch.autograd.Function):
     ) -> Tensor:
         v = rows / scale
         clipped = torch.clamp(v, lo, hi)
-        values = torch.round(clipped) if spec.integer else spec.nearest(clipped)
+        values = spec.nearest(clipped)
         ctx.save_for_backward(v, clipped, values)
         ctx.grad_scale = grad_scale
         return values * scale
