@@ -117,3 +117,30 @@ def test_demo_prints_json(tmp_path: Path) -> None:
     assert answer["int8"]["metrics"]["accuracy"] > 0.97
     assert answer["artifact"]["size"] < 0.4 * answer["float_size"]
     assert (tmp_path / "out" / "digits.int8.onnx").is_file()
+
+
+def test_finetune_trains_exports_and_goes_on(folder: Path) -> None:
+    data = demo.load_digits_split()
+    np.savez(folder / "train.npz", images=data.train_images, labels=data.train_labels)
+    weights = str(Path(demo.__file__).parent / "digits.safetensors")
+    command = [
+        "finetune",
+        "fewbit.demo:DigitsNet",
+        "--weights",
+        weights,
+        "--train",
+        "train.npz",
+        "--epochs",
+        "2",
+    ]
+    command += ["--set", "weights=int3", "--folder", "run", "-o", "trained.onnx", "--json"]
+    done = fewbit(*command, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["verification"]["exact"] is True
+    assert [record["epoch"] for record in answer["training"]] == [1, 2]
+    again = json.loads(fewbit(*command, cwd=folder).stdout)  # finished: the state says so
+    assert again["training"] == answer["training"]
+    unlabelled = [*command[:4], "--train", "calibration.npy", "--teacher", "none", "-o", "x.onnx"]
+    refused = fewbit(*unlabelled, cwd=folder)
+    assert refused.returncode == 1 and "has no labels" in refused.stderr and not (folder / "x.onnx").exists()

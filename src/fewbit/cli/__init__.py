@@ -7,6 +7,7 @@ import typer
 from fewbit.cli.files import benchmark, evaluate, export, measure, verify
 from fewbit.cli.models import demo, formats, inspect, quantize
 from fewbit.cli.search import sensitivity
+from fewbit.cli.training import finetune
 from fewbit.errors import FewbitError
 
 app = typer.Typer(
@@ -14,7 +15,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Makes trained networks small and fast, and proves that what was evaluated is what runs.",
 )
-for command in (demo, inspect, sensitivity, quantize, export, verify, evaluate, benchmark, measure, formats):
+COMMANDS = (
+    demo, inspect, sensitivity, quantize, finetune, export, verify, evaluate, benchmark, measure, formats,
+)  # fmt: skip
+for command in COMMANDS:
     app.command()(command)
 
 
