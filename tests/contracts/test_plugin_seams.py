@@ -11,7 +11,7 @@ import torch
 from format_contract import CONTRACT as FORMAT_CONTRACT
 
 from fewbit.errors import FewbitError, FormatError, RecipeError
-from fewbit.numerics import Scheme, format_names, get_format
+from fewbit.numerics import QTensor, Scheme, format_names, get_format
 from fewbit.observers import make_observer, observer_names
 from fewbit.registry import Registry
 from fewbit.rounding import round_weight, rounding_names
@@ -215,6 +215,52 @@ def test_an_observer_is_one_file(plug_in):
         observer_contract.outliers_are_not_everything(
             module
         )  # and the contract notices that it is a poor one
+
+
+SOFTENED = '''
+"""Rounding whose gradient is halved everywhere; nothing else learns."""
+
+from fewbit.training.estimators import WeightEstimator
+
+
+class Weights(WeightEstimator):
+    def __init__(self, weight, q):
+        super().__init__(weight, q)
+        self.register_buffer("scale", q.scale.reshape(-1, 1))
+
+    def parts(self, rows):
+        v = self.rounded(rows / self.scale)
+        return v / 2 + (v / 2).detach(), self.scale
+'''
+
+COSINE = '''
+"""One less the cosine of the angle between outputs."""
+
+import torch.nn.functional as F
+
+
+def loss(student, teacher, labels, temperature):
+    return 1 - F.cosine_similarity(student, teacher, dim=-1).mean()
+'''
+
+
+def test_an_estimator_and_a_loss_are_one_file_each(plug_in):
+    import fewbit
+
+    plug_in("fewbit.training.estimators", "softened", SOFTENED)
+    plug_in("fewbit.training.losses", "cosine", COSINE)
+    x, net = torch.randn(40, 6), torch.nn.Linear(6, 4)
+    q = fewbit.quantize(net, x, weights="int4", trainable=fewbit.Training(weights="softened"))
+    fewbit.finetune(q, x, epochs=2, batch_size=8, teacher=net, distill="cosine")
+    with torch.no_grad():
+        assert torch.equal(q(x), q.convert()(x))
+    with pytest.raises(RecipeError, match="'softened' makes no codebook4 weights"):
+        from fewbit.training.estimators import weight_estimator
+
+        codes = torch.zeros(4, 6, dtype=torch.uint8)
+        table, zero = torch.linspace(-1, 1, 16).reshape(1, -1), torch.zeros(1, dtype=torch.int32)
+        learned = QTensor(codes, torch.ones(1), zero, Scheme("codebook4"), (4, 6), table)
+        weight_estimator("softened", net.weight, learned)
 
 
 def test_plug_ins_leave_no_trace():
