@@ -76,6 +76,13 @@ def test_what_is_trained_is_what_its_codes_stand_for(name, scheme):
 
 
 @pytest.mark.parametrize(("name", "scheme"), PAIRS, ids=label)
+def test_training_begins_near_the_weight(name, scheme):
+    weight, _, estimator = made(name, scheme)
+    value = estimator(weight).detach()
+    assert torch.nn.functional.cosine_similarity(value.flatten(), weight.detach().flatten(), dim=0) > 0.4
+
+
+@pytest.mark.parametrize(("name", "scheme"), PAIRS, ids=label)
 def test_gradients_reach_weights_and_all_that_learns(name, scheme):
     weight, _, estimator = made(name, scheme)
     (estimator(weight) * torch.randn(8, 6, 3, 3)).sum().backward()

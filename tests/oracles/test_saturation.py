@@ -23,8 +23,9 @@ def pairs_fit(codes: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("clipped", [1.0, 0.5, 0.1])
 @pytest.mark.parametrize("seed", range(6))
-def test_no_pair_can_saturate(granularity: str, seed: int) -> None:
+def test_no_pair_can_saturate(granularity: str, seed: int, clipped: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(6, 4, 8, generator=generator) * torch.exp(torch.randn(6, 1, 1, generator=generator))
     weight[0, 0, :2] = weight[0].abs().max() * 1.5  # the worst: the two largest are equal
@@ -32,7 +33,7 @@ def test_no_pair_can_saturate(granularity: str, seed: int) -> None:
     rows = {"tensor": weight.reshape(1, -1), "channel": weight.flatten(1), "group": weight.reshape(-1, 8)}[
         granularity
     ]
-    plain = rows.min(1).values, rows.max(1).values
+    plain = clipped * rows.min(1).values, clipped * rows.max(1).values
     bounds = portable_bounds(weight, *plain, scheme)
     q = round_weight("nearest", weight, scheme, *bounds)
     checked = q.codes.reshape(-1, 8) if granularity == "group" else q.codes

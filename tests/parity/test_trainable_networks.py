@@ -10,6 +10,7 @@ from torch import nn
 import fewbit
 from fewbit.errors import ModelError, RecipeError
 from fewbit.model.lowering import lower
+from fewbit.targets._saturation import can_saturate
 from fewbit.training.layers import TrainableLayer
 
 
@@ -84,6 +85,7 @@ WAYS = [
     {"recipe": "int8"},
     {"recipe": "tensorrt", "target": "tensorrt"},
     {"recipe": "int8", "weights": "int2", "activations": "int2", "weight_symmetric": False},
+    {"recipe": "int8", "weights": "int3", "activations": "uint3", "outputs": "float"},
     {"recipe": "w4a4"},
     {"recipe": "int8-per-tensor"},
     {"recipe": "int8", "granularity": "tensor"},
@@ -109,6 +111,17 @@ def test_batch_norms_and_shortcuts(way):
     q = fewbit.quantize(net, images(40), trainable=True, **way)
     same_bits(shaken(q, (images(),)), (images(),))
     assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("weights", ["int8", "int6"])
+def test_training_begins_where_quantization_ended(weights):
+    """Batch norms with negative weights, dead channels and all."""
+    net, x = Net().eval(), images(40)
+    q = fewbit.quantize(net, x, weights=weights, trainable=True)
+    quantized = fewbit.quantize(net, x, weights=weights)
+    with torch.no_grad():
+        found, expected = q.eval()(x), quantized(x)
+    assert (found - expected).square().mean() < 1e-3 * expected.square().mean()
 
 
 ESTIMATORS = [
@@ -140,6 +153,17 @@ def test_quantized_gradients_train_and_change_nothing_deployed(gradients):
     training = fewbit.Training(gradients=gradients)
     q = fewbit.quantize(Net().eval(), images(40), trainable=training)
     same_bits(shaken(q, (images(),)), (images(),))
+
+
+def test_trained_codes_cannot_saturate_a_cpu_without_vnni():
+    """Scales that shrink would let two neighbouring products leave 16 bits; unless the recipe says so, they cannot."""
+    for portable in (True, False):
+        q = fewbit.quantize(Net().eval(), images(40), portable=portable, trainable=True)
+        layer = dict(q.layers())["conv2"]
+        with torch.no_grad():
+            layer.estimators["weight"].scale.mul_(0.2)
+        converted = same_bits(q.eval(), (images(),))
+        assert can_saturate(converted.qtensors["conv2.weight"].codes) != portable
 
 
 def test_frozen_codes_are_deployed_as_frozen():
