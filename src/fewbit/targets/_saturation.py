@@ -17,8 +17,8 @@ PAIR = 127.0  # of two codes before rounding: rounding adds at most one, and 255
 def portable_bounds(weight: Tensor, lo: Tensor, hi: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """The range of each block, widened where two products could saturate 16 bits.
 
-    ``weight``: [out, ...]; ``lo``, ``hi``: [C] as an observer gave them; numbers beyond count as they are, since a wider
-    range no longer clips them. Only symmetric 8-bit schemes can saturate; all others are returned as they came.
+    ``weight``: [out, ...]; ``lo``, ``hi``: [C] as an observer gave them; numbers beyond count as they are, since a
+    wider range no longer clips them. Only symmetric 8-bit schemes can saturate; all others are returned as they came.
     """
     if not (scheme.spec.integer and scheme.symmetric and scheme.spec.bits == 8):
         return lo, hi
