@@ -105,6 +105,9 @@ class Trainer:
         self.settings, self.processes, self.device = settings, processes, device
         self.model = objective.model
         self.student: nn.Module = objective.student
+        self.optimizer: torch.optim.Optimizer
+        self.rates: list[float]
+        self.scaler: torch.amp.GradScaler
         # Convolutions in 16 bits are several times faster on channels-last memory, and never slower.
         # FSDP cannot shard it.
         self.images = any(p.dim() == 4 for p in self.model.parameters()) and processes.strategy != "fsdp"
@@ -125,44 +128,39 @@ class Trainer:
         self.processes.agree(list(self.objective.student.state_dict().values()))
         whole = copy.deepcopy(self.model) if self.processes.strategy == "fsdp" else self.model
         self.student = self.processes.wrapped(self.objective.student, self.device)
-        optimizer, rates = self._optimizer()
-        scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
+        self.optimizer, self.rates = self._optimizer()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
         path = None if settings.folder is None else settings.folder / STATE
         best: dict[str, Tensor] | None = None
         if settings.resume and path is not None and path.exists():
-            best = self._resume(path, optimizer)
+            best = self._resume(path)
         if settings.compile:
             self.student.compile()
         board = Board(settings.folder if self.processes.first else None)
         for epoch in range(self.state.epoch, settings.epochs):
-            record = self._epoch(epoch, optimizer, rates, scaler)
+            record = self._epoch(epoch)
             if self.held_out is not None:
                 record |= self._watched(self.held_out)
             self.state.epoch = epoch + 1
             self.state.records.append(record)
-            model, of_optimizer = full_state(self.objective.student, optimizer)
-            best = self._better(record, model, best)
-            if path is not None:
-                self._save(path, model, of_optimizer, best)
+            if path is not None or settings.patience is not None:
+                model, optimizer = full_state(self.objective.student, self.optimizer)
+                best = self._better(record, model, best)
+                if path is not None:
+                    self._save(path, model, optimizer, best)
             if self.processes.first:
                 board.add(record)
             if settings.patience is not None and self.state.since > settings.patience:
                 break
         board.close()
-        self._finish(whole, best, optimizer)
+        self._finish(whole, best)
         return self.state.records
 
-    def _finish(
-        self, whole: nn.Module, best: dict[str, Tensor] | None, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def _finish(self, whole: nn.Module, best: dict[str, Tensor] | None) -> None:
         """The model as it ends: the best by held-out data if these decide, in one piece."""
         if best is not None or whole is not self.model:
-            state = (
-                best
-                if best is not None
-                else self.processes.everyone(full_state(self.objective.student, optimizer)[0])
-            )
-            prefix = "tapped.model."
+            last = best if best is not None else full_state(self.objective.student, self.optimizer)[0]
+            state, prefix = self.processes.everyone(last), "tapped.model."
             own = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
             whole.load_state_dict(own)
         self.processes.agree(list(whole.state_dict().values()))  # each has batch norms' statistics of its own
@@ -173,13 +171,7 @@ class Trainer:
 
     # ---- one epoch ---------------------------------------------------------------------------------------------------
 
-    def _epoch(
-        self,
-        epoch: int,
-        optimizer: torch.optim.Optimizer,
-        rates: list[float],
-        scaler: Any,
-    ) -> dict[str, Any]:
+    def _epoch(self, epoch: int) -> dict[str, Any]:
         started = time.perf_counter()
         self.model.train()
         steps = self.examples.per_epoch
@@ -192,7 +184,7 @@ class Trainer:
             labels = None if labels is None else labels.to(self.device)
             done = (epoch + (index / steps if steps else 0.0)) / self.settings.epochs
             share = self._share(done)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * share
             if isinstance(self.model, TrainableModel):
                 self.model.set_progress(done)
@@ -200,34 +192,34 @@ class Trainer:
                 loss, found = self.objective(self.student, inputs, labels, index)
             if not bool(torch.isfinite(loss)):
                 raise TrainingError(self._not_finite(epoch, index, inputs))
-            scaler.scale(loss / self.settings.accumulate).backward()
+            self.scaler.scale(loss / self.settings.accumulate).backward()
             waiting += 1
             if waiting == self.settings.accumulate:
-                self._step(optimizer, scaler)
+                self._step()
                 waiting = 0
             sums, batches = sums + float(loss.detach()), batches + 1
             if labels is not None and not labels.is_floating_point() and labels.shape == found.shape[:-1]:
                 right += int((found.argmax(-1) == labels).sum())
                 seen += labels.numel()
         if waiting:
-            self._step(optimizer, scaler)
+            self._step()
         if not batches:
             raise DataError(f"training data gave no batch in epoch {epoch + 1}: it can be read once only")
         mean, correct, total = self.processes.mean([sums / batches, float(right), float(seen)])
-        record = {"epoch": epoch + 1, "loss": mean, "lr": optimizer.param_groups[0]["lr"]}
+        record = {"epoch": epoch + 1, "loss": mean, "lr": self.optimizer.param_groups[0]["lr"]}
         if total:
             record["accuracy"] = correct / total
         return record | {"seconds": round(time.perf_counter() - started, 2)}
 
-    def _step(self, optimizer: torch.optim.Optimizer, scaler: Any) -> None:
+    def _step(self) -> None:
         if self.settings.clip is not None:
-            scaler.unscale_(optimizer)
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         if self.state.step == 0:
             check_gradients(self.model)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
 
     def _share(self, done: float) -> float:
@@ -305,8 +297,9 @@ class Trainer:
                 right += int((found.argmax(-1) == labels).sum())
                 seen += labels.numel()
         self.model.train()
-        record = {"held_out_loss": loss / max(samples, 1)}
-        return record | ({"held_out_accuracy": right / seen} if seen else {})
+        # One number for all processes, whose batch norms differ, so that all stop at the same time.
+        mean, share = self.processes.mean([loss / max(samples, 1), right / max(seen, 1)])
+        return {"held_out_loss": mean} | ({"held_out_accuracy": share} if seen else {})
 
     def _better(
         self, record: dict[str, Any], model: dict[str, Tensor], best: dict[str, Tensor] | None
@@ -337,16 +330,20 @@ class Trainer:
     ) -> None:
         if self.processes.first:
             kept = model | {f"{_BEST}{name}": value for name, value in (best or {}).items()}
-            rest = vars(self.state) | {"best": min(self.state.best, 1e308)}
+            rest = vars(self.state) | {
+                "best": min(self.state.best, 1e308),
+                "scaler": self.scaler.state_dict(),
+            }
             save_state(path, self._owner(), kept, optimizer, rest)
             write_records(path.parent, self.state.records)
         self.processes.wait()
 
-    def _resume(self, path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Tensor] | None:
+    def _resume(self, path: Path) -> dict[str, Tensor] | None:
         kept, state, rest = load_state(path, self._owner())
         best = {name[len(_BEST) :]: value for name, value in kept.items() if name.startswith(_BEST)}
         model = {name: value for name, value in kept.items() if not name.startswith(_BEST)}
-        set_full_state(self.objective.student, optimizer, model, state)
+        set_full_state(self.objective.student, self.optimizer, model, state)
+        self.scaler.load_state_dict(rest.pop("scaler"))
         self.state = _State(**rest)
         return best or None
 
