@@ -205,6 +205,7 @@ def test_early_stopping_ends_with_the_best_epoch(tmp_path: Any) -> None:
 def test_a_keras_model_learns_in_codes(tmp_path: Any) -> None:
     os.environ.setdefault("KERAS_BACKEND", "torch")
     keras = pytest.importorskip("keras")
+    keras.utils.set_random_seed(0)
     layers = keras.layers
     model = keras.Sequential(
         [
