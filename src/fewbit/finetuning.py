@@ -1,8 +1,8 @@
 """Training from the outside: a quantized, pruned or float model learns from data, from a teacher, or from both."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from fewbit.data import as_batches
 from fewbit.errors import ModelError, TrainingError
+from fewbit.model.graph import in_eval_mode
 from fewbit.model.readers import as_module
 from fewbit.model.simulate import QuantizedModel
 from fewbit.pipeline import quantize
@@ -112,7 +113,7 @@ def finetune(
 
     def learn(student: nn.Module, taught: Any, settings: Settings) -> tuple[nn.Module, list[dict[str, Any]]]:
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
-        with _resting(taught, device):
+        with in_eval_mode(taught.to(device)) if isinstance(taught, nn.Module) else nullcontext():
             objective = Objective(student, taught, distillation, loss, dampen)
             trainer = Trainer(objective, data, aside, settings, peers, device)
             records = trainer.run()
@@ -123,15 +124,19 @@ def finetune(
             raise ModelError(
                 "the model has a plan already: leave out the recipe, or give the float model it came from"
             )
+        if training is not None and isinstance(model, TrainableModel):
+            raise ModelError(
+                "the model has its estimators already: name them in quantize(..., trainable=...)"
+            )
         student: nn.Module = model if isinstance(model, TrainableModel) else _as_trainable(model, training)
         taught = _teacher(teacher, None)
     else:
         source = as_module(model, like)
-        wanted = recipe is not None or bool(overrides)
+        wanted = recipe is not None or training is not None or bool(overrides or stages)
         taught = _teacher(teacher, copy.deepcopy(source) if wanted else None)
         student = copy.deepcopy(source)
         if wanted:
-            ranges = _few(train, like, seed) if calibration is None else calibration
+            ranges = _few(train, like, share, seed) if calibration is None else calibration
             common: dict[str, Any] = {
                 "example": like, "recipe": recipe or "int8", "target": target, "trainable": training or Training(),
                 "seed": seed, "progress": progress,
@@ -194,14 +199,16 @@ def _shares(settings: Settings, count: int) -> list[Settings]:
     return [*early, replace(settings, epochs=settings.epochs - each * (count - 1))]
 
 
-def _few(train: object, like: tuple[Tensor, ...] | None, seed: int) -> list[tuple[Tensor, ...]]:
-    """Training samples to estimate ranges from, the same in every process."""
+def _few(
+    train: object, like: tuple[Tensor, ...] | None, held_out: float, seed: int
+) -> list[tuple[Tensor, ...]]:
+    """Training samples to estimate ranges from, the same in every process, none of those held out."""
     data, _ = examples(
         train,
         like,
         batch_size=64,
         labels=None,
-        held_out=0.0,
+        held_out=held_out,
         augment=None,
         workers=0,
         seed=seed,
@@ -221,18 +228,3 @@ def _inputs_of(model: Any) -> tuple[Tensor, ...] | None:
     if isinstance(model, QuantizedModel | TrainableModel):
         return model.example
     return model.meta.get("example") if isinstance(model, GraphModule) else None
-
-
-@contextmanager
-def _resting(teacher: Any, device: torch.device) -> Iterator[None]:
-    """The teacher in eval mode and on the device; afterwards in the modes that it had."""
-    if not isinstance(teacher, nn.Module):
-        yield
-        return
-    modes = {part: part.training for part in teacher.modules()}
-    try:
-        teacher.to(device).eval()
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

@@ -37,37 +37,11 @@ _KEPT = 16  # samples that the model keeps for the export gate
 
 @overload
 def quantize(
-    model: Any,
-    calibration: object = None,
-    *,
-    example: Tensor | tuple[Tensor, ...] | None = None,
-    recipe: Recipe | str | Path = "int8",
-    target: str = "onnx",
-    held_out: object = None,
-    resume: str | Path | None = None,
-    time: str | float | None = None,
-    trainable: Literal[False] = False,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = True,
-    **overrides: Any,
+    model: Any, calibration: object = None, *, trainable: Literal[False] = False, **settings: Any
 ) -> QuantizedModel: ...
 @overload
 def quantize(
-    model: Any,
-    calibration: object = None,
-    *,
-    example: Tensor | tuple[Tensor, ...] | None = None,
-    recipe: Recipe | str | Path = "int8",
-    target: str = "onnx",
-    held_out: object = None,
-    resume: str | Path | None = None,
-    time: str | float | None = None,
-    trainable: Literal[True] | Training,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = True,
-    **overrides: Any,
+    model: Any, calibration: object = None, *, trainable: Literal[True] | Training, **settings: Any
 ) -> TrainableModel: ...
 def quantize(
     model: Any,

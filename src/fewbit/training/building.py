@@ -19,7 +19,6 @@ from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme, blocks, unblocks
 from fewbit.plan import Row
 from fewbit.training.estimators import (
-    Limit,
     WeightEstimator,
     activation_estimator,
     serves_activations,
@@ -33,11 +32,8 @@ from fewbit.training.model import DEFAULT, TrainableModel, Training, replace_lay
 Portable = Callable[[Tensor, Tensor, Tensor, Scheme], tuple[Tensor, Tensor]]
 Norm = nn.modules.batchnorm._BatchNorm
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_FALLBACK = (
-    "lsq",
-    "codebook",
-    "ste",
-)  # estimators by preference, where the one that was asked for does not serve
+# Estimators by preference, where the one that was asked for does not serve.
+_FALLBACK = ("lsq", "codebook", "ste")
 
 
 def make_trainable(
@@ -242,7 +238,7 @@ class _Builder:
         return None
 
 
-class _PortableLimit(Limit):
+class _PortableLimit:
     """The scale at which a kernel's sums of two products cannot saturate."""
 
     def __init__(self, portable: Portable, q: QTensor) -> None:

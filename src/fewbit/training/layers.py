@@ -126,32 +126,31 @@ class TrainableLayer(nn.Module):
         q = found["weight"]
         gain, bias = norm_gain(self.norm), self._folded_bias()
         scale = q.scale.double() * gain.repeat_interleave(q.scale.numel() // len(gain))
-        least = SMALLEST_SCALE
         unit = self._unit(q)
         if unit is not None and q.scheme.granularity == "channel":
             # A channel that its batch norm has all but switched off: its bias must still fit the accumulator.
             scale = torch.maximum(scale, bias.abs() * q.scale.double() / (unit * 2.0**_BIAS_BITS))
-        found["weight"] = dataclasses.replace(q, scale=scale.clamp(min=least).to(torch.float32))
+        found["weight"] = dataclasses.replace(q, scale=scale.clamp(min=SMALLEST_SCALE).to(torch.float32))
         return found
 
     @torch.no_grad()
     def exact(self) -> dict[str, Tensor]:
         """The layer's parameters as deployed, by name: those with codes, and what a batch norm is folded into."""
-        values = {name: q.dequantize() for name, q in self.codes().items()}
+        codes = self.codes()
+        values = {name: q.dequantize() for name, q in codes.items()}
         if self.norm is not None and "weight" not in values:
             weight, gain = self.layer.get_parameter("weight"), norm_gain(self.norm)
             values["weight"] = times_channels(weight.double(), gain, self.layer).to(weight.dtype)
-        bias = self.bias()
+        bias = self._bias(codes.get("weight"))
         return values if bias is None else {**values, "bias": bias}
 
-    @torch.no_grad()
-    def bias(self) -> Tensor | None:
+    def _bias(self, q: QTensor | None) -> Tensor | None:
         """The bias as the integer program adds it: whole multiples of input scale x weight scale; float otherwise."""
         bias = getattr(self.layer, "bias", None)
         if not isinstance(bias, Tensor):
             return None
         folded = bias.double() if self.norm is None else self._folded_bias()
-        unit = self._unit(self.codes()["weight"]) if "weight" in self.estimators else None
+        unit = None if q is None else self._unit(q)
         if unit is not None:
             # The program rounds the float32 bias to codes; what it adds is a multiple of the unit.
             folded = torch.round(folded.to(torch.float32).double() / unit) * unit
@@ -169,9 +168,8 @@ class TrainableLayer(nn.Module):
 
     def _folded_bias(self) -> Tensor:
         norm: Any = self.norm
-        bias = (self.layer.get_parameter("bias").detach().double() - norm.running_mean.double()) * norm_gain(
-            self.norm
-        )
+        bias = self.layer.get_parameter("bias").detach().double() - norm.running_mean.double()
+        bias = bias * norm_gain(norm)
         return bias if norm.bias is None else bias + norm.bias.detach().double()
 
     def _unit(self, q: QTensor) -> Tensor | None:

@@ -108,8 +108,7 @@ class Trainer:
         self.optimizer: torch.optim.Optimizer
         self.rates: list[float]
         self.scaler: torch.amp.GradScaler
-        # Convolutions in 16 bits are several times faster on channels-last memory, and never slower.
-        # FSDP cannot shard it.
+        # Channels last is what 16-bit kernels of convolutions work on; FSDP cannot shard such memory.
         self.images = any(p.dim() == 4 for p in self.model.parameters()) and processes.strategy != "fsdp"
         self.state = _State()
         if settings.patience is not None and held_out is None:

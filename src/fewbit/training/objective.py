@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewbit.errors import DataError, ModelError, TrainingError
+from fewbit.model.graph import in_eval_mode
 from fewbit.training.features import Tapped
 from fewbit.training.losses import feature_loss, logits_loss
 from fewbit.training.model import TrainableModel
@@ -97,11 +98,8 @@ class Objective:
         if not self._tapped:
             return
         with torch.no_grad():
-            modes = {part: part.training for part in self.model.modules()}
-            self.model.eval()
-            _, own = self.student.tapped(*inputs)
-            for part, mode in modes.items():
-                part.training = mode
+            with in_eval_mode(self.model):
+                _, own = self.student.tapped(*inputs)
             _, others = self.teacher(*inputs)
         name = self.distillation.feature_loss
         self.student.losses.extend(

@@ -1,6 +1,7 @@
 """How gradients pass through rounding, and what else learns: one estimator a file, with `Weights` or `Activations`."""
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,12 @@ from fewbit.registry import Registry
 from fewbit.training.oscillation import Oscillation
 
 registry = Registry("fewbit.training.estimators", "estimator")
+
+
+class Limit(Protocol):
+    """The smallest scales that a kernel takes, from rows [C, n] and their scales [C, 1]: [C, 1]."""
+
+    def __call__(self, rows: Tensor, scale: Tensor) -> Tensor: ...
 
 
 class WeightEstimator(nn.Module, ABC):
@@ -106,10 +113,6 @@ class WeightEstimator(nn.Module, ABC):
         least = self.limit(rows.detach(), scale.detach())
         return torch.where(scale < least, least, scale)
 
-    def scale_parameters(self) -> list[nn.Parameter]:
-        """What learns beside the weight."""
-        return list(self.parameters())
-
 
 class ActivationEstimator(nn.Module, ABC):
     """From a float tensor to the values of its format, with gradients for it and for what else learns.
@@ -138,10 +141,6 @@ class ActivationEstimator(nn.Module, ABC):
     @abstractmethod
     def exact(self) -> tuple[Tensor, Tensor]:
         """The scale (float32) and zero point (int32) as they are now: [1] each."""
-
-    def scale_parameters(self) -> list[nn.Parameter]:
-        """What learns."""
-        return list(self.parameters())
 
 
 class LearnedRange(ActivationEstimator):
@@ -194,13 +193,6 @@ class LearnedRange(ActivationEstimator):
             return zero_point
         whole = torch.round(zero_point).clamp(self.scheme.qmin, self.scheme.qmax)
         return zero_point + (whole - zero_point).detach()
-
-
-class Limit:
-    """The smallest scales that a kernel takes, from rows [C, n] and their scales [C, 1]: [C, 1]."""
-
-    def __call__(self, rows: Tensor, scale: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 def estimator_names() -> list[str]:

@@ -1,9 +1,13 @@
 """Signs and their gradients, which estimators of one bit share."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fewbit.numerics.scheme import Scheme
+from fewbit.training.estimators import LearnedRange
 
 
 class _Sign(torch.autograd.Function):
@@ -33,3 +37,20 @@ def decaying(x: Tensor, progress: float) -> Tensor:
     """The slope of IR-Net's estimator k tanh(t x): wide at first, near the sign at last (arXiv 1909.10788)."""
     t = 0.1 * 100.0**progress
     return max(1 / t, 1.0) * t * (1 - torch.tanh(t * x).square())
+
+
+class OneBit(LearnedRange):
+    """Activations of one bit, nothing or the scale, with a slope of its own around half the scale."""
+
+    @classmethod
+    def accepts(cls, scheme: Scheme) -> bool:
+        return scheme.spec.name == "uint1"
+
+    @abstractmethod
+    def slope(self, v: Tensor) -> Tensor:
+        """The slope of the sign at v, which is -1 at the lower code and 1 at the upper one; in v's shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, lo = self._scale().to(x.dtype), self.lo.to(x.dtype)
+        v = 2 * x / scale - 1 - 2 * lo
+        return ((sign(v, self.slope(v.detach())) + 1) / 2 + lo) * scale

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from fewbit.numerics.format import Format
-from fewbit.numerics.scheme import Scheme
-from fewbit.training.estimators import LearnedRange, WeightEstimator
-from fewbit.training.estimators._signs import decaying, sign
+from fewbit.training.estimators import WeightEstimator
+from fewbit.training.estimators._signs import OneBit, decaying, sign
 
 
 class Weights(WeightEstimator):
@@ -26,15 +25,8 @@ class Weights(WeightEstimator):
         return sign(normal, decaying(normal.detach(), self.progress)), size.detach()
 
 
-class Activations(LearnedRange):
-    """One bit: nothing or the scale; the slope is that of the decaying estimator around half the scale."""
+class Activations(OneBit):
+    """One bit, with that slope."""
 
-    @classmethod
-    def accepts(cls, scheme: Scheme) -> bool:
-        return scheme.spec.name == "uint1"
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self._scale()
-        v = 2 * x / scale.to(x.dtype) - 1 - 2 * self.lo.to(x.dtype)
-        half = (sign(v, decaying(v.detach(), self.progress)) + 1) / 2 + self.lo.to(x.dtype)
-        return half * scale.to(x.dtype)
+    def slope(self, v: Tensor) -> Tensor:
+        return decaying(v, self.progress)

@@ -6,9 +6,8 @@ ReActNet's learned thresholds are what a batch norm's bias in front already lear
 from torch import Tensor
 
 from fewbit.numerics.format import Format
-from fewbit.numerics.scheme import Scheme
-from fewbit.training.estimators import LearnedRange, WeightEstimator
-from fewbit.training.estimators._signs import polynomial, sign
+from fewbit.training.estimators import WeightEstimator
+from fewbit.training.estimators._signs import OneBit, polynomial, sign
 
 
 class Weights(WeightEstimator):
@@ -24,15 +23,8 @@ class Weights(WeightEstimator):
         return sign(rows, inside / mean), mean
 
 
-class Activations(LearnedRange):
-    """One bit: nothing or the scale; the slope is the polynomial's around half the scale."""
+class Activations(OneBit):
+    """One bit, with that slope."""
 
-    @classmethod
-    def accepts(cls, scheme: Scheme) -> bool:
-        return scheme.spec.name == "uint1"
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self._scale()
-        v = 2 * x / scale.to(x.dtype) - 1 - 2 * self.lo.to(x.dtype)
-        half = (sign(v, polynomial(v.detach())) + 1) / 2 + self.lo.to(x.dtype)
-        return half * scale.to(x.dtype)
+    def slope(self, v: Tensor) -> Tensor:
+        return polynomial(v)
