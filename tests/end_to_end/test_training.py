@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fewbit
+from fewbit import finetuning
 from fewbit.errors import DataError, ModelError, RecipeError, TrainingError
 from fewbit.training.groups import parameter_groups
 
@@ -349,3 +350,29 @@ def test_data_that_cannot_be() -> None:
 def test_a_plan_is_not_replaced(trained: nn.Module) -> None:
     q = fewbit.quantize(trained, digits()[0][:64])
     refused(ModelError, "has a plan already", q, weights="int4")
+    learns = fewbit.quantize(trained, digits()[0][:64], trainable=True)
+    refused(ModelError, "has its estimators already", learns, training=fewbit.Training(weights="ste"))
+
+
+def test_estimators_or_stages_alone_ask_for_codes() -> None:
+    images, labels, _, _ = digits()
+    for asked in (
+        {"training": fewbit.Training(weights="ste")},
+        {"stages": [{"weights": "int8"}], "epochs": 2},
+    ):
+        q = fewbit.finetune(network(), (images, labels), **{"epochs": 1, "teacher": None, **asked})
+        assert {row.scheme.format for row in q.plan.weights()} == {"int8"}
+
+
+def test_held_out_samples_set_no_ranges() -> None:
+    """The samples that calibrate are among those that are trained on."""
+    images, labels, _, _ = digits()
+    marked = images + torch.arange(len(images)).reshape(-1, 1, 1, 1)
+    seen = [x for batch in finetuning._few((marked, labels), None, 0.5, 0) for x in batch]
+    _, aside = finetuning.examples(
+        (marked, labels), None, batch_size=64, labels=True, held_out=0.5, augment=None, workers=0, seed=0,
+        processes=finetuning.Processes(),
+    )  # fmt: skip
+    assert aside is not None
+    kept = {int(n) for inputs, _ in aside for n in inputs[0].amin((1, 2, 3)).floor()}
+    assert not kept & {int(n) for x in seen for n in x.amin((1, 2, 3)).floor()}
