@@ -135,6 +135,20 @@ def test_outputs_can_be_float_or_finer() -> None:
     assert plan(outputs="float").row("x").scheme is not None
 
 
+def test_outputs_keep_8_bits_unless_fewer_are_asked_for() -> None:
+    few = plan(activations="uint1")
+    assert few.row("layer1.conv.output").scheme == Scheme("uint1", symmetric=False)
+    assert few.row("head.output").scheme == Scheme("uint8", symmetric=False)
+    assert "uint8: a network's outputs keep 8 bits" in few.row("head.output").because
+    assert "8 bits" not in plan().row("head.output").because
+    for row in (
+        plan(activations="uint1", outputs="int4").row("head.output"),
+        plan(Rule("head", activations="int4"), activations="uint1").row("head.output"),
+    ):
+        assert row.scheme == Scheme("int4", symmetric=False) and "keep" not in row.because
+    assert plan(activations="float8_e4m3").row("head.output").scheme == Scheme("float8_e4m3")
+
+
 def test_symmetric_weights_are_narrow_only_where_codes_are_signed() -> None:
     assert plan(weights="int4").row("head.weight").scheme == Scheme("int4", "channel", narrow=True)
     assert plan(weights="uint4").row("head.weight").scheme == Scheme("uint4", "channel")

@@ -69,7 +69,7 @@ class Recipe:
 
     ``weights``: a format's name or ``"float"``. ``activations``: a format's name, ``"float"`` or
     ``"dynamic"`` (int8 with the range of each batch, taken at run time: needs no calibration).
-    ``outputs``, what the model returns: ``"same"`` as the activations, ``"float"``, or a format's name.
+    ``outputs``, what the model returns: ``"same"`` as the activations but in 8 bits at least, ``"float"``, or a format.
     ``granularity`` and ``group_size`` are the weights'; activations are always per tensor.
     ``portable`` keeps 8-bit weights where no CPU saturates (x86 without VNNI adds two products in 16 bits).
     ``weight_observer`` and ``observer`` (the activations') name range estimators.

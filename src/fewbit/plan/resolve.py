@@ -95,6 +95,8 @@ def _decide(recipe: Recipe, site: Site) -> Row:
     settings = _settings(recipe, site)
     because = "; ".join(settings.because) or f"default of recipe {recipe.name}"
     scheme = _weight_scheme(settings, site) if site.kind == "weight" else _activation_scheme(settings, site)
+    if site.kind == "output" and scheme and scheme.format not in (settings.activations, settings.outputs):
+        because += f"; {scheme.format}: a network's outputs keep 8 bits"
     if scheme is None:
         return dataclasses.replace(row, because=because if settings.because else f"float: {because}")
     observer: str | None
@@ -177,9 +179,7 @@ def _in_blocks(settings: _Settings, spec: Format, site: Site) -> _Settings:
 
 
 def _activation_scheme(settings: _Settings, site: Site) -> Scheme | None:
-    name = settings.activations
-    if site.kind == "output" and settings.outputs != "same":
-        name = settings.outputs
+    name = _output_format(settings) if site.kind == "output" else settings.activations
     if name == "float":
         return None
     dynamic = name == "dynamic"
@@ -193,6 +193,15 @@ def _activation_scheme(settings: _Settings, site: Site) -> Scheme | None:
             "use it for weights, and for activations a format such as int8 or float8_e4m3"
         )
     return Scheme(spec.name, symmetric=settings.activation_symmetric or not spec.integer, dynamic=dynamic)
+
+
+def _output_format(settings: _Settings) -> str:
+    """What a network answers keeps 8 bits where few are asked for all activations: no layer multiplies it."""
+    name: str = settings.activations if settings.outputs == "same" else settings.outputs
+    if settings.outputs != "same" or "activations" in settings.ruled or name in ("float", "dynamic"):
+        return name
+    spec = get_format(name)
+    return ("uint8" if spec.qmin == 0 else "int8") if spec.integer and spec.bits < 8 else name
 
 
 def _dependent(rows: list[Row]) -> list[Row]:
