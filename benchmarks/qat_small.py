@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import fewbit
 
 FOLDER = BUILD / "qat_small"
-EPOCHS = 40  # in one bit
+EPOCHS = 20  # in one bit
 Data = tuple[Tensor, Tensor]
 Result = tuple[float, float]  # accuracy in float and in few bits, percent
 

@@ -30,9 +30,13 @@ def integer_weights(layer: str, q: QTensor) -> dict[str, Tensor]:
         raise PlanError(
             f"{layer}: weights {q.scheme} have no integer kernel; use symmetric int8 per channel or tensor"
         )
-    scale = (q.scale.double() * (spec.unit or 1.0)).to(torch.float32)
-    scale = scale if scale.numel() > 1 else scale.expand(q.shape[0])
-    return {"weight": unblocks(rows.to(torch.int8), q.shape, q.scheme), "weight_scale": scale.clone()}
+    return {"weight": unblocks(rows.to(torch.int8), q.shape, q.scheme), "weight_scale": integer_scale(q)}
+
+
+def integer_scale(q: QTensor) -> Tensor:
+    """The scale of these whole numbers, of each output channel: float32 [channels]."""
+    scale = (q.scale.double() * (q.scheme.spec.unit or 1.0)).to(torch.float32)
+    return scale.clone() if scale.numel() > 1 else scale.expand(q.shape[0]).clone()
 
 
 def shiftable(weight: Tensor) -> bool:

@@ -33,7 +33,7 @@ def limits(op: Op, out: Coding) -> tuple[int, int]:
     return int(lo), int(hi)
 
 
-def _multiplier(op: Op, x: Coding, out: Coding) -> Tensor:
+def multiplier(op: Op, x: Coding, out: Coding) -> Tensor:
     """float32(s_x * s_w / s_y), one per output channel, multiplied before divided as ONNX Runtime does."""
     scale = op.constants["weight_scale"].to(torch.float32)
     return (torch.tensor(x.scale, dtype=torch.float32) * scale) / torch.tensor(out.scale, dtype=torch.float32)
@@ -81,10 +81,10 @@ def weighted(
 ) -> Tensor:
     """A convolution or linear layer, its accumulators computed by ``sums``."""
     acc = sums(op, xs[0], codings[0])
-    multiplier = _multiplier(op, codings[0], out)
-    if op.kind == "conv" and multiplier.numel() > 1:
-        multiplier = multiplier.reshape(-1, *[1] * (acc.dim() - 2))
-    return f32_even(acc, multiplier, out.zero_point, *limits(op, out))
+    scale = multiplier(op, codings[0], out)
+    if op.kind == "conv" and scale.numel() > 1:
+        scale = scale.reshape(-1, *[1] * (acc.dim() - 2))
+    return f32_even(acc, scale, out.zero_point, *limits(op, out))
 
 
 def exact_matmul(xs: list[Tensor], codings: list[Coding]) -> Tensor:

@@ -1,32 +1,37 @@
 """The quantized model in PyTorch: the float graph with quantize-dequantize steps where the plan has codes."""
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fewbit.model.integer_weights import integer_scale
 from fewbit.model.sites import QUANTIZERS
-from fewbit.numerics.qtensor import QTensor, fake_quantize
+from fewbit.model.sums import CodeStep, Weights, attach_sums
+from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme
 from fewbit.plan.plan import Plan
 
 
-class FakeQuantize(nn.Module):
+class FakeQuantize(CodeStep):
     """Rounds a tensor to the values that codes can stand for: float32 in, float32 out, any shape."""
 
     scale: Tensor
     zero_point: Tensor
 
     def __init__(self, scheme: Scheme, scale: Tensor, zero_point: Tensor) -> None:
-        super().__init__()
-        self.scheme = scheme
+        super().__init__(scheme)
         self.register_buffer("scale", scale.detach().clone().to(torch.float32).reshape(1))
         self.register_buffer("zero_point", zero_point.detach().clone().to(torch.int32).reshape(1))
 
+    def coding(self) -> tuple[Tensor, Tensor]:
+        return self.scale, self.zero_point
+
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.scale, self.zero_point, self.scheme)
+        return self.rounded(x)
 
     def extra_repr(self) -> str:
         return (
@@ -70,6 +75,17 @@ class QTensors(nn.Module):
         return list(self._meta)
 
 
+@dataclass
+class CodedWeights:
+    """One of them, with the scales that an integer kernel takes."""
+
+    tensors: QTensors
+    name: str
+
+    def weight_scale(self) -> Tensor:
+        return integer_scale(self.tensors[self.name])
+
+
 def _key(name: str) -> str:
     return name.replace(".", "/")  # a buffer's name must not hold a dot
 
@@ -100,6 +116,15 @@ class QuantizedModel(nn.Module):
         self.example = example
         self.target = target
         self.facts = facts or {}
+        self._attach_sums()
+
+    def _attach_sums(self) -> None:
+        found: dict[torch.fx.Node, Weights] = {}
+        for node in self.network.graph.nodes:
+            name = f"{node.target}.weight"
+            if node.name in self.integer and name in self.qtensors:
+                found[node] = CodedWeights(self.qtensors, name)
+        attach_sums(self.network, found)
 
     @property
     def graph(self) -> GraphModule:

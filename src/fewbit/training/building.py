@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from fewbit.errors import RecipeError
 from fewbit.model.graph import copy_graph, module_of
 from fewbit.model.integer_forms import IntegerForm, integer_form
 from fewbit.model.operators import operator
 from fewbit.model.simulate import DynamicFakeQuantize, FakeQuantize, QuantizedModel
-from fewbit.model.sites import passes_codes, rescale_factor
+from fewbit.model.sums import attach_sums, read_by
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme, blocks, unblocks
 from fewbit.plan import Row
@@ -59,6 +59,7 @@ def make_trainable(
     builder = _Builder(model, network, latent, source, training, portable)
     builder.steps()
     builder.layers()
+    builder.attach_sums()
     builder.check_used()
     network.train()
     return TrainableModel(network, model, builder.shared_source())
@@ -179,6 +180,14 @@ class _Builder:
         gradient = self.gradient if rows else None
         replace_layer(self.network, path, TrainableLayer(layer, estimators, norm, self._read(path), gradient))
 
+    def attach_sums(self) -> None:
+        """Steps that round the sums of a layer learn of it."""
+        parts = {
+            n: module_of(n, self.network) for n in self.network.graph.nodes if n.name in self.model.integer
+        }
+        layers = {node: part for node, part in parts.items() if isinstance(part, TrainableLayer)}
+        attach_sums(self.network, {n: layer for n, layer in layers.items() if "weight" in layer.estimators})
+
     def _integer(self, path: str) -> bool:
         """Whether a layer computes on codes."""
         nodes = self.network.graph.nodes
@@ -224,18 +233,8 @@ class _Builder:
         nodes = [n for n in self.network.graph.nodes if n.op == "call_module" and n.target == path]
         if len(nodes) != 1 or nodes[0].name not in self.model.integer:
             return None
-        factors: list[float] = []
-        node: Any = nodes[0].args[0]
-        while isinstance(node, Node):
-            part = module_of(node, self.network)
-            if isinstance(part, TrainableStep):
-                return part, factors[::-1]
-            if not passes_codes(node, self.network):
-                return None
-            factor = rescale_factor(node, self.network)
-            factors += [] if factor is None else [factor]
-            node = node.args[0]
-        return None
+        found = read_by(nodes[0], self.network)
+        return None if found is None or not isinstance(found[0], TrainableStep) else (found[0], found[1])
 
 
 class _PortableLimit:

@@ -9,15 +9,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fewbit.model.integer_weights import integer_weights
+from fewbit.model.integer_weights import integer_scale
 from fewbit.model.simulate import DynamicFakeQuantize, FakeQuantize
+from fewbit.model.sums import CodeStep, scaled
 from fewbit.numerics.format import SMALLEST_SCALE
-from fewbit.numerics.qtensor import QTensor, fake_quantize
+from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme
 from fewbit.training.estimators import ActivationEstimator, WeightEstimator
 from fewbit.training.gradients import GradientFormat, quantize_gradient
@@ -25,24 +25,25 @@ from fewbit.training.gradients import GradientFormat, quantize_gradient
 _BIAS_BITS = 23  # a bias of more bits would no longer be exact in the float32 step of requantization
 
 
-class TrainableStep(nn.Module):
+class TrainableStep(CodeStep):
     """A quantize step through an estimator; float in and out, any shape."""
 
     def __init__(self, estimator: ActivationEstimator, scheme: Scheme) -> None:
-        super().__init__()
+        super().__init__(scheme)
         self.estimator = estimator
-        self.scheme = scheme
+
+    def coding(self) -> tuple[Tensor, Tensor]:
+        return self.estimator.exact()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training or torch.is_grad_enabled():
             result: Tensor = self.estimator(x)
             return result
-        scale, zero_point = self.estimator.exact()
-        return fake_quantize(x, scale, zero_point, self.scheme)
+        return self.rounded(x)
 
     def converted(self) -> FakeQuantize:
         """The step with its scale as it is now."""
-        return FakeQuantize(self.scheme, *self.estimator.exact())
+        return FakeQuantize(self.scheme, *self.coding())
 
     @torch.no_grad()
     def take_scale(self, step: nn.Module) -> None:
@@ -95,6 +96,12 @@ class TrainableLayer(nn.Module):
         self.norm = norm
         self._source = [source]  # in a list: the step is a child of the network, not of each of its readers
         self.gradient = gradient
+        self._scale: Tensor | None = None
+
+    def weight_scale(self) -> Tensor:
+        """The scales of the whole numbers that the last pass without gradients multiplied: float32 [channels]."""
+        assert self._scale is not None
+        return self._scale
 
     def forward(self, *inputs: Any) -> Any:
         if not (self.training or torch.is_grad_enabled()):
@@ -137,6 +144,7 @@ class TrainableLayer(nn.Module):
     def exact(self) -> dict[str, Tensor]:
         """The layer's parameters as deployed, by name: those with codes, and what a batch norm is folded into."""
         codes = self.codes()
+        self._scale = integer_scale(codes["weight"]) if "weight" in codes else None
         values = {name: q.dequantize() for name, q in codes.items()}
         if self.norm is not None and "weight" not in values:
             weight, gain = self.layer.get_parameter("weight"), norm_gain(self.norm)
@@ -177,12 +185,7 @@ class TrainableLayer(nn.Module):
         found = self._source[0]
         if found is None:
             return None
-        step, factors = found
-        scale = np.float32(step.estimator.exact()[0].item())
-        for factor in factors:
-            scale = np.float32(scale * np.float32(factor))
-        weight_scale = integer_weights("", q)["weight_scale"]
-        return (torch.tensor(float(scale), device=q.scale.device) * weight_scale).double()
+        return (scaled(*found).to(q.scale.device) * integer_scale(q)).double()
 
 
 def _hard(estimator: nn.Module, weight: Tensor) -> QTensor:
