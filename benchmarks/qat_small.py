@@ -98,7 +98,7 @@ def textbook(seed: int) -> Result:
     for name in ("float", "int8"):
         torch.manual_seed(seed)
         net = Net()
-        recipe = {"recipe": "int8"} if name == "int8" else {}
+        recipe = {"recipe": "int8", "training": OBSERVED} if name == "int8" else {}
         model = fewbit.finetune(
             net, train, epochs=10, optimizer=plain_sgd, schedule="constant", batch_size=4, teacher=None, seed=seed,
             folder=FOLDER / f"textbook-{name}-{seed}", resume=True, **recipe,
@@ -109,6 +109,7 @@ def textbook(seed: int) -> Result:
     return found[0], found[1]
 
 
+OBSERVED = fewbit.Training(weights="observed", activations="observed")
 BINARY = {"weights": "binary", "activations": "uint1", "observer": "mse"}
 BINARY_MLP = {**BINARY, "rules": [{"match": "input*", "activations": "uint8"}]}
 BINARY_LENET = {**BINARY, "ends": "int8", "training": fewbit.Training(gradients="int4")}

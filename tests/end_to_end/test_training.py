@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fewbit
 from fewbit import finetuning
+from fewbit.demo import DigitsNet
 from fewbit.errors import DataError, ModelError, RecipeError, TrainingError
 from fewbit.training.groups import parameter_groups
 
@@ -376,3 +377,17 @@ def test_held_out_samples_set_no_ranges() -> None:
     assert aside is not None
     kept = {int(n) for inputs, _ in aside for n in inputs[0].amin((1, 2, 3)).floor()}
     assert not kept & {int(n) for x in seen for n in x.amin((1, 2, 3)).floor()}
+
+
+def test_networks_that_train_from_the_start_need_ranges_that_follow() -> None:
+    images, labels, _, _ = digits()
+    found = {}
+    for name in ("observed", "lsq"):
+        torch.manual_seed(0)
+        q = fewbit.finetune(
+            DigitsNet(), (images, labels), epochs=6, batch_size=16, teacher=None, seed=0, recipe="int8",
+            optimizer=lambda groups: torch.optim.SGD(groups, 0.02, momentum=0.9), schedule="constant",
+            training=fewbit.Training(weights=name, activations=name),
+        )  # fmt: skip
+        found[name] = accuracy(q)
+    assert found["observed"] > 0.8 > found["lsq"] + 0.1, found
