@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from fewbit.numerics import fused_step as fused
@@ -71,6 +72,45 @@ def test_the_offset_of_lsq_plus_learns_from_clipped_values():
     x = torch.tensor([-9.0, -1.0, 0.3, 5.0, 9.0]).reshape(1, 5)
     step(x).backward(torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0]]))
     assert step.zero_point.grad.item() == pytest.approx(-0.5 * (1.0 + 16.0))
+
+
+def test_observed_ranges_grow_at_once_and_shrink_slowly():
+    """A step quantizes with the range so far; then each end is a new extreme, or moves to the batch's by a hundredth."""
+    scheme = Scheme("uint4", symmetric=False)
+    step = activation_estimator("observed", scheme, torch.tensor([0.5]), torch.tensor([3], dtype=torch.int32))
+    lo, hi = -1.5, 6.0
+    for least, most in [(-0.5, 2.0), (-4.0, 5.0), (0.5, 9.0)]:
+        x = torch.tensor([least, 1.0, most], requires_grad=True)
+        scale, zero_point = (part.item() for part in step.exact())
+        assert scale == pytest.approx((hi - lo) / 15) and zero_point == round(-lo / scale)
+        value = step(x)
+        value.sum().backward()
+        codes = [min(max(round(v / scale) + zero_point, 0), 15) for v in x.tolist()]
+        assert value.tolist() == pytest.approx([(code - zero_point) * scale for code in codes])
+        inside = [(0 - zero_point) * scale < v < (15 - zero_point) * scale for v in x.tolist()]
+        assert x.grad.tolist() == [float(each) for each in inside]
+        lo = min(least, lo + 0.01 * (min(least, 0.0) - lo))
+        hi = max(most, hi + 0.01 * (max(most, 0.0) - hi))
+    step.eval()
+    step(torch.tensor([100.0]))
+    assert step.exact()[0].item() == pytest.approx((hi - lo) / 15), "nothing follows in evaluation"
+
+
+def observe(rank: int, store: str) -> None:
+    """What one of two processes does: rank 0 sees 1 and rank 1 sees -3, of a range from -1.5 to 6."""
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    scheme = Scheme("uint4", symmetric=False)
+    step = activation_estimator("observed", scheme, torch.tensor([0.5]), torch.tensor([3], dtype=torch.int32))
+    step(torch.tensor([1.0 - 4 * rank]))
+    torch.save(step.state_dict(), f"{store}-{rank}")
+    dist.destroy_process_group()
+
+
+def test_observed_ranges_are_those_of_all_processes(tmp_path):
+    torch.multiprocessing.spawn(observe, (str(tmp_path / "store"),), nprocs=2)
+    for rank in range(2):
+        state = torch.load(tmp_path / f"store-{rank}", weights_only=True)
+        assert state["range"].tolist() == pytest.approx([-3.0, 6.0 - 0.01 * (6.0 - 1.0)])
 
 
 def test_the_scale_of_a_weight_has_lsqs_gradient():

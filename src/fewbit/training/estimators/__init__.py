@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fewbit.errors import RecipeError
 from fewbit.numerics.format import SMALLEST_SCALE, Format
 from fewbit.numerics.fused_step import fused_step
-from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.qtensor import QTensor, fake_quantize
 from fewbit.numerics.scheme import Scheme, blocks, unblocks
 from fewbit.registry import Registry
 from fewbit.training.oscillation import Oscillation
@@ -141,6 +141,16 @@ class ActivationEstimator(nn.Module, ABC):
     @abstractmethod
     def exact(self) -> tuple[Tensor, Tensor]:
         """The scale (float32) and zero point (int32) as they are now: [1] each."""
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """The values that `exact` asks for, in x's dtype; straight through where not clipped."""
+        scale, zero_point = self.exact()
+        zero = zero_point if self.scheme.spec.integer else 0
+        lo, hi = (self.scheme.qmin - zero) * scale, (self.scheme.qmax - zero) * scale
+        clipped = torch.minimum(torch.maximum(x, lo.to(x.dtype)), hi.to(x.dtype))
+        with torch.no_grad():
+            value = fake_quantize(x.float(), scale, zero_point, self.scheme).to(x.dtype)
+        return clipped + (value - clipped).detach()
 
 
 class LearnedRange(ActivationEstimator):

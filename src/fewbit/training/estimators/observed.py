@@ -8,11 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fewbit.numerics.format import SMALLEST_SCALE
-from fewbit.numerics.qtensor import fake_quantize
 from fewbit.numerics.scheme import Scheme
 from fewbit.training.estimators import ActivationEstimator, WeightEstimator
 
-_SHARE = 0.01  # of a batch in the moving average
+_SHRINKS = 0.01  # the share of a batch in the moving average; a range grows at once (see `Activations`)
 
 
 class Weights(WeightEstimator):
@@ -28,7 +27,10 @@ class Weights(WeightEstimator):
 
 
 class Activations(ActivationEstimator):
-    """Integers: the moving averages of the smallest and largest number of each batch, of all processes."""
+    """Integers: a range that grows at once, and shrinks by a moving average, to the batches of all processes.
+
+    An average both ways, the usual choice, clips the largest numbers of half the batches and cuts their gradients.
+    """
 
     range: Tensor
     zero_point: Tensor
@@ -41,22 +43,20 @@ class Activations(ActivationEstimator):
         self.register_buffer("range", (ends - zero) * scale.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, zero_point = self.exact()
+        rounded = self.rounded(x)
         if self.training and torch.is_grad_enabled():
             self._follow(x.detach().float())
-        lo, hi = (self.scheme.qmin - zero_point) * scale, (self.scheme.qmax - zero_point) * scale
-        clipped = torch.minimum(torch.maximum(x, lo.to(x.dtype)), hi.to(x.dtype))
-        with torch.no_grad():
-            value = fake_quantize(x.float(), scale, zero_point, self.scheme).to(x.dtype)
-        return clipped + (value - clipped).detach()
+        return rounded
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
-        seen = torch.stack([x.amin().clamp(max=0), x.amax().clamp(min=0)])
+        least, most = x.amin().clamp(max=0), x.amax().clamp(min=0)
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(seen)
-            seen /= dist.get_world_size()
-        self.range.lerp_(seen, _SHARE)
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+        seen = torch.stack([least, most])
+        wider = torch.stack([seen[0] < self.range[0], seen[1] > self.range[1]])
+        self.range.lerp_(seen, torch.where(wider, 1.0, _SHRINKS))
 
     def exact(self) -> tuple[Tensor, Tensor]:
         lo, hi = self.range[:1], self.range[1:]

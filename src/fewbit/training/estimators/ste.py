@@ -6,7 +6,7 @@ Nothing learns but the weights: gradients pass where a value is not clipped.
 import torch
 from torch import Tensor
 
-from fewbit.numerics.qtensor import QTensor, fake_quantize
+from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme
 from fewbit.training.estimators import ActivationEstimator, WeightEstimator
 
@@ -45,12 +45,7 @@ class Activations(ActivationEstimator):
         return True
 
     def forward(self, x: Tensor) -> Tensor:
-        zero = self.zero_point if self.scheme.spec.integer else 0
-        lo, hi = (self.scheme.qmin - zero) * self.scale, (self.scheme.qmax - zero) * self.scale
-        clipped = torch.minimum(torch.maximum(x, lo.to(x.dtype)), hi.to(x.dtype))
-        with torch.no_grad():
-            value = fake_quantize(x.float(), self.scale, self.zero_point, self.scheme).to(x.dtype)
-        return clipped + (value - clipped).detach()
+        return self.rounded(x)
 
     def exact(self) -> tuple[Tensor, Tensor]:
         return self.scale, self.zero_point.to(torch.int32)
