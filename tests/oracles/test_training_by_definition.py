@@ -75,7 +75,7 @@ def test_the_offset_of_lsq_plus_learns_from_clipped_values():
 
 
 def test_observed_ranges_grow_at_once_and_shrink_slowly():
-    """A step quantizes with the range so far; then each end is a new extreme, or moves to the batch's by a hundredth."""
+    """A step quantizes with the range so far; an end then is a new extreme, or moves to it by 1 %."""
     scheme = Scheme("uint4", symmetric=False)
     step = activation_estimator("observed", scheme, torch.tensor([0.5]), torch.tensor([3], dtype=torch.int32))
     lo, hi = -1.5, 6.0
