@@ -75,25 +75,25 @@ def test_the_offset_of_lsq_plus_learns_from_clipped_values():
 
 
 def test_observed_ranges_grow_at_once_and_shrink_slowly():
-    """A step quantizes with the range so far; an end then is a new extreme, or moves to it by 1 %."""
+    """An end is the new extreme, or moves by 1 % to that of the batch; then the step quantizes."""
     scheme = Scheme("uint4", symmetric=False)
     step = activation_estimator("observed", scheme, torch.tensor([0.5]), torch.tensor([3], dtype=torch.int32))
     lo, hi = -1.5, 6.0
     for least, most in [(-0.5, 2.0), (-4.0, 5.0), (0.5, 9.0)]:
         x = torch.tensor([least, 1.0, most], requires_grad=True)
-        scale, zero_point = (part.item() for part in step.exact())
-        assert scale == pytest.approx((hi - lo) / 15) and zero_point == round(-lo / scale)
+        lo = min(least, lo + 0.01 * (min(least, 0.0) - lo))
+        hi = max(most, hi + 0.01 * (max(most, 0.0) - hi))
         value = step(x)
         value.sum().backward()
+        scale, zero_point = (part.item() for part in step.exact())
+        assert scale == pytest.approx((hi - lo) / 15) and zero_point == round(-lo / scale)
         codes = [min(max(round(v / scale) + zero_point, 0), 15) for v in x.tolist()]
         assert value.tolist() == pytest.approx([(code - zero_point) * scale for code in codes])
         inside = [(0 - zero_point) * scale < v < (15 - zero_point) * scale for v in x.tolist()]
         assert x.grad.tolist() == [float(each) for each in inside]
-        lo = min(least, lo + 0.01 * (min(least, 0.0) - lo))
-        hi = max(most, hi + 0.01 * (max(most, 0.0) - hi))
     step.eval()
-    step(torch.tensor([100.0]))
-    assert step.exact()[0].item() == pytest.approx((hi - lo) / 15), "nothing follows in evaluation"
+    x = torch.tensor([100.0], requires_grad=True)
+    assert step(x).item() == pytest.approx((15 - zero_point) * scale), "nothing follows in evaluation"
 
 
 def observe(rank: int, store: str) -> None:

@@ -1,7 +1,7 @@
 """The command that trains."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,10 +52,11 @@ def finetune(
     found = model_of(model, weights)
     if isinstance(found, QuantizedModel):
         raise ModelError(f"{model}: quantized already; give the float model that it came from")
-    taught = {"float": "float", "none": None}.get(teacher, "named")
+    teachers: dict[str, Any] = {"float": "float", "none": None}
+    taught = teachers[teacher] if teacher in teachers else model_of(teacher)
     trained = run(
         found, str(train), epochs=epochs, recipe=recipe, target=target_of(output) if as_file else "onnx",
-        teacher=model_of(teacher) if taught == "named" else taught, lr=lr, optimizer=optimizer, batch_size=batch_size,
+        teacher=taught, lr=lr, optimizer=optimizer, batch_size=batch_size,
         augment="images" if augment else None, folder=folder, resume=folder is not None, seed=seed,
         **overrides(settings or []),
     )  # fmt: skip

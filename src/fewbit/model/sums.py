@@ -6,6 +6,7 @@ the step finds the whole number again and rounds it as the reference does, so th
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ _AXES: dict[type, int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3
 _TINY = torch.finfo(torch.float32).tiny
 
 
-class CodeStep(nn.Module):
+class CodeStep(nn.Module, ABC):
     """Rounds a tensor to the values that codes can stand for: float32 in, float32 out, any shape.
 
     ``sums`` says what the tensor's numbers are whole multiples of, None where that is not known.
@@ -34,9 +35,9 @@ class CodeStep(nn.Module):
         self.scheme = scheme
         self.sums: Sums | None = None
 
+    @abstractmethod
     def coding(self) -> tuple[Tensor, Tensor]:
         """Scale float32 [1] and zero point int32 [1], as they are deployed."""
-        raise NotImplementedError
 
     def rounded(self, x: Tensor) -> Tensor:
         """The values of x's codes."""

@@ -29,7 +29,8 @@ class Weights(WeightEstimator):
 class Activations(ActivationEstimator):
     """Integers: a range that grows at once, and shrinks by a moving average, to the batches of all processes.
 
-    An average both ways, the usual choice, clips the largest numbers of half the batches and cuts their gradients.
+    So training clips by half a step at most. An average both ways, the usual choice, clips the largest numbers of half
+    the batches, and their gradients with them.
     """
 
     range: Tensor
@@ -43,10 +44,9 @@ class Activations(ActivationEstimator):
         self.register_buffer("range", (ends - zero) * scale.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded = self.rounded(x)
         if self.training and torch.is_grad_enabled():
             self._follow(x.detach().float())
-        return rounded
+        return self.rounded(x)
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
