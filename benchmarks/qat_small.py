@@ -117,17 +117,21 @@ BINARY_LENET = {**BINARY, "ends": "int8", "training": fewbit.Training(gradients=
 
 @dataclass(frozen=True)
 class Part:
-    """``run`` gives the two accuracies for a seed; the one in few bits may lie ``below`` float, or is ``at_least``."""
+    """``run`` gives the two accuracies for a seed; the one in few bits may lie ``below`` float, or is ``at_least``.
+
+    ``seeds``: how many are averaged. With batches of 4 and a constant rate a seed's last epoch wanders by 1.5 points.
+    """
 
     run: Callable[[int], Result]
     below: float = 100.0
     at_least: float = 0.0
+    seeds: int = 1
 
 
 PARTS = {
     "MNIST 784-1024-1024-10, W1A1": Part(partial(from_float, "mlp", mlp, BINARY_MLP), at_least=98.5),
     "LeNet-5 W1A1G4": Part(partial(from_float, "lenet5", lenet5, BINARY_LENET), below=1.0),
-    "textbook CNN on CIFAR-10, int8 from the start": Part(textbook, below=0.5),
+    "textbook CNN on CIFAR-10, int8 from the start": Part(textbook, below=0.5, seeds=4),
 }
 
 
@@ -144,7 +148,13 @@ def main() -> int:
     for name, part in PARTS.items():
         if args.only and not any(name.startswith(each) for each in args.only):
             continue
-        base, found = (round(value, 2) for value in part.run(args.seed))
+        results = []
+        for seed in range(args.seed, args.seed + part.seeds):
+            base, found = part.run(seed)
+            results.append((base, found))
+            if part.seeds > 1:
+                print(f"  seed {seed}: float {base:5.2f} %  few bits {found:5.2f} %", flush=True)
+        base, found = (round(sum(values) / part.seeds, 2) for values in zip(*results, strict=True))
         bar = max(part.at_least, base - part.below)
         missed += found < bar
         verdict = f"at least {bar:.2f}: {'met' if found >= bar else 'MISSED'}"
