@@ -9,6 +9,7 @@ _WHERE = {
     "quantize": "fewbit.pipeline",
     "finetune": "fewbit.finetuning",
     "distill": "fewbit.finetuning",
+    "prune": "fewbit.slimming",
     "Training": "fewbit.training.model",
     "Distillation": "fewbit.training.objective",
     "load": "fewbit.storage",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from fewbit.pipeline import quantize
     from fewbit.plan import Plan, Recipe
     from fewbit.search.sensitivity import sensitivity
+    from fewbit.slimming import prune
     from fewbit.storage import load, save
     from fewbit.synthesis import synthesize
     from fewbit.training.model import Training
@@ -62,6 +64,7 @@ __all__ = [
     "formats",
     "load",
     "measure",
+    "prune",
     "quantize",
     "save",
     "sensitivity",
