@@ -26,6 +26,7 @@ from fewbit.pruning.criteria import comparable, needs, scores
 from fewbit.pruning.evidence import Loss, gather
 from fewbit.pruning.groups import Group, couple, find_groups, macs_without, parameters_without
 from fewbit.pruning.slicing import masked, without
+from fewbit.refit import refit
 from fewbit.registry import nearest
 from fewbit.tables import text_table
 from fewbit.training.model import TrainableModel
@@ -73,6 +74,7 @@ def prune(
     criterion: str = "l2",
     data: object = None,
     loss: Loss | None = None,
+    repair: bool | None = None,
     scope: Scope = "global",
     least: float = 0.1,
     multiple: int = 1,
@@ -88,10 +90,11 @@ def prune(
     input, or a tuple of them; by default of ``data``. One budget: ``speedup`` (multiply-accumulates fall to one part in
     so many), ``macs`` (of one sample) or ``parameters``. ``criterion``: how need is measured (see docs/pruning.md);
     ``data``: inputs, with labels if there are any, for those that have to see some; ``loss(output, target)``: by
-    default cross entropy. ``scope``: "global" compares all layers, "uniform" takes the same share of each. ``least``:
-    the share of a group that stays in any case; ``multiple``: of which its size has to be one. ``ignore``: layers that
-    keep their channels. ``steps`` reaches the budget in so many parts, and calls ``train(model)`` after each, which
-    gives the model back; ``lambda m: fewbit.finetune(m, data, epochs=1, teacher=model)`` for instance.
+    default cross entropy. ``repair``: fit the weights that are left so that each layer gives what it gave (`refit`);
+    by default where there is ``data``. ``scope``: "global" compares all layers, "uniform" takes the same share of each.
+    ``least``: the share of a group that stays in any case; ``multiple``: of which its size has to be one. ``ignore``:
+    layers that keep their channels. ``steps`` reaches the budget in so many parts, and calls ``train(model)`` after
+    each, which gives the model back; ``lambda m: fewbit.finetune(m, data, epochs=1, teacher=model)`` for instance.
 
     The result is a graph of ordinary layers under their old names, which trains, quantizes and exports like any other.
     Before it is given, it is compared with the whole model whose pruned channels nothing reads.
@@ -99,7 +102,7 @@ def prune(
     or ``RecipeError``.
     """
     name, value = _budget(speedup=speedup, macs=macs, parameters=parameters)
-    gm, examples, batches = _read(model, example, data, criterion, batch_size)
+    gm, examples, batches = _read(model, example, data, criterion, bool(repair), batch_size)
     bounds, generator = Bounds(least, multiple), torch.Generator().manual_seed(seed)
     first = couple(gm)
     count = parameters_without if name == "parameters" else macs_without
@@ -119,6 +122,8 @@ def prune(
         gone = allocate(groups, found, partial(count, c), part, scope, bounds, comparable(criterion))
         smaller = without(c, gone, examples)
         _check(c, gone, smaller, examples)
+        if repair if repair is not None else batches is not None:
+            refit(c, gone, smaller, batches or ())
         gm = smaller if train is None else standard(train(smaller), examples)
     last = couple(gm)
     gm.meta["pruning"] = Pruning(
@@ -141,7 +146,7 @@ def _budget(**asked: float | None) -> tuple[str, float]:
 
 
 def _read(
-    model: Any, example: Any, data: object, criterion: str, batch_size: int
+    model: Any, example: Any, data: object, criterion: str, repair: bool, batch_size: int
 ) -> tuple[GraphModule, tuple[Tensor, ...], Batches | None]:
     """The model as a graph, inputs to run it on, and the data."""
     if isinstance(model, QuantizedModel | TrainableModel):
@@ -154,8 +159,9 @@ def _read(
     if data is not None:
         batches = as_batches(data, what="pruning", like=examples, labels=None, batch_size=batch_size)
         examples = examples or batches.peek()[0]
-    elif needs(criterion):
-        raise DataError(f"criterion {criterion!r} has to see data: call prune(model, data=..., ...)")
+    elif needs(criterion) or repair:
+        what = f"criterion {criterion!r}" if needs(criterion) else "repair"
+        raise DataError(f"{what} has to see data: call prune(model, data=..., ...)")
     examples = examples or getattr(module, "meta", {}).get("example")
     if examples is None:
         raise DataError(

@@ -98,6 +98,15 @@ def test_a_pruned_model_trains_quantizes_exports_and_verifies(trained: nn.Module
     assert accuracy(quantized) > accuracy(trained) - 0.05
 
 
+def test_repair_needs_data_and_pays(trained: nn.Module) -> None:
+    bare = fewbit.prune(trained, data=pictures(), speedup=3.0, repair=False)
+    mended = fewbit.prune(trained, data=pictures(), speedup=3.0)
+    assert bare.meta["pruning"] == mended.meta["pruning"]
+    assert accuracy(mended) > accuracy(bare) + 0.1
+    with pytest.raises(DataError, match="repair has to see data"):
+        fewbit.prune(trained, pictures()[0][:1], speedup=2.0, repair=True)
+
+
 def test_a_network_that_is_followed_wrongly_is_refused(
     trained: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,8 @@ from fewbit.pruning.coupling import Coupling
 from fewbit.pruning.criteria import scores
 from fewbit.pruning.evidence import gather
 from fewbit.pruning.groups import Group, couple, find_groups, macs_without
+from fewbit.pruning.slicing import without
+from fewbit.refit import refit
 
 
 @pytest.fixture
@@ -168,3 +170,41 @@ def test_multiply_accumulates_by_counting_loops():
     a, b = 3, 4
     loops = sum(1 for _ in itertools.chain(*(range(n * m) for n, m in ((5, a), (a, b), (b, 2)))))
     assert macs_without(c, gone) == 2 * loops, "of two samples"
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["into the bias", "into the norm"])
+def test_what_was_redundant_is_made_up_for(bias):
+    """Every channel is there once more, doubled: least squares gives back the whole network from one half of them."""
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(2, 12, 3), nn.Conv2d(12, 5, 3, bias=bias)
+    with torch.no_grad():
+        first.weight[6:], first.bias[6:] = 2 * first.weight[:6], 2 * first.bias[:6]
+    net = nn.Sequential(first, nn.ReLU(), second, nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(80, 3)).eval()
+    data = [((torch.randn(64, 2, 8, 8),), None) for _ in range(4)]
+    c = couple(read(net, data[0][0]))
+    group = next(g for g in find_groups(c) if g.name == "0" and g.reason is None)
+    gone = set(group.labels[6:])
+    smaller = without(c, gone, data[0][0])
+    x = torch.randn(16, 2, 8, 8)
+    broken = float((smaller(x) - net(x)).detach().abs().max())
+    assert refit(c, gone, smaller, data) == 3
+    mended = float((smaller(x) - net(x)).detach().abs().max())
+    assert mended < 0.05 * broken
+
+
+def test_least_squares_by_definition():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).eval()
+    x = torch.randn(40, 5)
+    c = couple(read(net, (x,)))
+    group = next(g for g in find_groups(c) if g.reason is None)
+    smaller = without(c, {group.labels[1]}, (x,))
+    refit(c, {group.labels[1]}, smaller, [((x,), None)])
+    rows = torch.cat([torch.tanh(smaller.get_submodule("0")(x)), torch.ones(40, 1)], 1).detach().double()
+    old = torch.cat([net[2].weight[:, [0, 2, 3]].T, torch.zeros(1, 3)]).detach().double()
+    goal = (torch.tanh(net[0](x)) @ net[2].weight.T).detach().double()
+    ridge = 1e-2 * (rows.T @ rows).diagonal().mean()
+    stacked = torch.cat([rows, ridge.sqrt() * torch.eye(4, dtype=torch.float64)])
+    wanted = torch.linalg.lstsq(stacked, torch.cat([goal, ridge.sqrt() * old])).solution
+    assert torch.allclose(smaller.get_submodule("2").weight.T.double(), wanted[:3], atol=1e-5)
+    assert torch.allclose(smaller.get_submodule("2").bias.double(), net[2].bias + wanted[3], atol=1e-5)

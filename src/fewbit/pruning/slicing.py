@@ -27,8 +27,9 @@ def without(c: Coupling, gone: set[int], example: tuple[Tensor, ...]) -> fx.Grap
     for slot in c.slots.values():
         smaller = slot.tensor.detach()
         for dim, axis in enumerate(slot.axes):
-            if axis is not None:
-                smaller = smaller.index_select(dim, _kept(c, axis, gone))
+            indices = kept(c, axis, gone)
+            if indices is not None:
+                smaller = smaller.index_select(dim, indices)
         if smaller.shape != slot.tensor.shape:
             _put(twin, slot.names, smaller.clone(), slot.tensor)
     done: set[str] = set()
@@ -60,8 +61,11 @@ def _smaller(c: Coupling, value: Tensor, axes: Axes, gone: set[int]) -> Tensor:
     return value.new_empty([s if a is None else s * count_kept(c, a, gone) // len(a) for s, a in pairs])
 
 
-def _kept(c: Coupling, axis: Axis, gone: set[int]) -> Tensor:
-    return torch.tensor([i for i, label in enumerate(axis or ()) if c.labels.find(label) not in gone])
+def kept(c: Coupling, axis: Axis, gone: set[int]) -> Tensor | None:
+    """The indices of an axis that stay when these labels leave; None where all do, for an axis without labels."""
+    if axis is None:
+        return None
+    return torch.tensor([i for i, label in enumerate(axis) if c.labels.find(label) not in gone])
 
 
 def _removed(c: Coupling, axis: Axis, gone: set[int]) -> Tensor:
