@@ -34,8 +34,8 @@ def check(gm: GraphModule, criterion: str, example: tuple[torch.Tensor, ...], se
     if not groups:
         return None
     batches = [(tuple(torch.randn(4, *x.shape[1:]) for x in example), torch.randint(5, (4,)))]
-    evidence = gather(c, groups, needs(criterion), batches)
     generator = torch.Generator().manual_seed(seed)
+    evidence = gather(c, groups, needs(criterion), batches, generator)
     found = {g.labels[0]: scores(criterion, g, evidence, generator) for g in groups}
     whole = macs_without(c, set())
     least = macs_without(c, {label for g in groups for label in g.labels[: len(g) - Bounds().kept(g, 1)]})

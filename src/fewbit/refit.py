@@ -6,121 +6,124 @@ by layer in the order of the graph, on what the pruned layers in front of it giv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fewbit.data.intake import Batch
+from fewbit.data import Batch
 from fewbit.model.graph import calls, in_eval_mode, module_of, only_consumer
-from fewbit.pruning.coupling import Coupling
+from fewbit.progress import shown
+from fewbit.pruning.coupling import Contraction, Coupling
 from fewbit.pruning.slicing import kept
 from fewbit.statistics import input_patches
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _RIDGE = 1e-2  # of the mean square of inputs, towards the weights as they were
-SAMPLES = 512
+_SAMPLES = 512
+_NUMBERS = 2**26  # of the largest tensor on all samples together; fewer samples are read where that is more
 
 
-class _Reached(Exception):
-    """The layer has been called: the rest of the model need not run."""
+class _Run(fx.Interpreter):
+    """A graph on one batch, node by node."""
+
+    def __init__(self, gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
+        super().__init__(gm)
+        self.args_iter = iter(inputs)
+
+    def step(self, node: fx.Node) -> None:
+        """Compute a node, and let go of what nobody will read any more."""
+        self.env[node] = self.run_node(node)
+        for spent in self.user_to_last_uses.get(node, []):
+            del self.env[spent]
 
 
-@dataclass
-class _Moments:
-    """Sums over the data for one layer: of inputs x inputs, and of inputs x what the whole layer gave."""
-
-    inputs: Tensor
-    products: Tensor
-
-
-def refit(c: Coupling, gone: set[int], smaller: fx.GraphModule, batches: Iterable[Batch]) -> int:
+def refit(
+    c: Coupling, gone: set[int], smaller: fx.GraphModule, batches: Iterable[Batch], progress: bool = False
+) -> int:
     """Fit the weights of ``smaller``, which lacks the units ``gone`` of ``c.gm``; gives the number of fitted layers.
 
-    Linear layers and convolutions without groups that are called once; 512 samples are read. A constant that is left
-    goes into the bias, or into the mean of the batch norm behind it.
+    Linear layers and convolutions without groups, that are called once and share no weight. Up to 512 samples are read,
+    all of which go through both graphs together: fewer where a layer gives much. A constant that is left goes into the
+    bias, or into the mean of the batch norm behind it.
     """
-    samples: list[tuple[Tensor, ...]] = []
-    for inputs, _ in batches:
-        samples.append(inputs)
-        if sum(len(each[0]) for each in samples) >= SAMPLES:
-            break
-    layers = [each for each in c.contractions if _fits(each.node, c.gm)]
+    runs = [(_Run(c.gm, x), _Run(smaller, x)) for x in _samples(c.gm, batches)]
+    fits = {each.node: each for each in c.contractions if _fits(each.node, c)}
+    pairs = list(zip(c.gm.graph.nodes, smaller.graph.nodes, strict=True))
+    sources = dict(pairs)
     with torch.no_grad(), in_eval_mode(c.gm), in_eval_mode(smaller):
-        for each in layers:
-            name = str(each.node.target)
-            _solve(smaller, name, _moments(c, gone, smaller, name, samples))
-    return len(layers)
+        for old, new in shown(pairs, len(pairs), "fitting layers", progress):
+            each = fits.get(old)
+            if each is not None:
+                inputs = [(a.env[each.source], b.env[sources[each.source]]) for a, b in runs]
+                _fit(c, gone, smaller, each, inputs)
+            for before, after in runs:
+                before.step(old)
+                after.step(new)
+    return len(fits)
 
 
-def _fits(node: fx.Node, gm: fx.GraphModule) -> bool:
-    layer = module_of(node, gm)
-    return (
-        isinstance(layer, _LAYERS)
-        and getattr(layer, "groups", 1) == 1
-        and len(calls(gm, str(node.target))) == 1
-    )
+def _samples(gm: fx.GraphModule, batches: Iterable[Batch]) -> list[tuple[Tensor, ...]]:
+    largest = max(math.prod(node.meta["shape"][1:]) for node in gm.graph.nodes if "shape" in node.meta)
+    wanted = max(min(_SAMPLES, _NUMBERS // max(largest, 1)), 1)
+    found: list[tuple[Tensor, ...]] = []
+    for inputs, _ in batches:
+        found.append(tuple(x[:wanted] for x in inputs))
+        wanted -= len(found[-1][0])
+        if wanted <= 0:
+            break
+    return found
 
 
-def _moments(
-    c: Coupling, gone: set[int], smaller: fx.GraphModule, name: str, samples: list[tuple[Tensor, ...]]
-) -> _Moments:
-    whole: Any = c.gm.get_submodule(name)
-    left: Any = smaller.get_submodule(name)
+def _fits(node: fx.Node, c: Coupling) -> bool:
+    layer, name = module_of(node, c.gm), str(node.target)
+    if not isinstance(layer, _LAYERS) or getattr(layer, "groups", 1) > 1 or len(calls(c.gm, name)) > 1:
+        return False
+    return len(c.slot(f"{name}.weight").names) == 1
+
+
+def _fit(
+    c: Coupling,
+    gone: set[int],
+    smaller: fx.GraphModule,
+    each: Contraction,
+    inputs: list[tuple[Tensor, Tensor]],
+) -> None:
+    """``inputs``: of the layer in the whole model and in the smaller one, for each batch."""
+    name = str(each.node.target)
+    whole, layer = c.gm.get_submodule(name), smaller.get_submodule(name)
+    weight: Any = layer.weight
     rows = kept(c, c.slot(f"{name}.weight").axes[0], gone)
-    target = whole.weight.flatten(1).double().T
-    target = target if rows is None else target[:, rows]
-    size = left.weight[0].numel() + 1
-    moments = _Moments(
-        torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, target.shape[1], dtype=torch.float64)
+    goal = c.gm.get_parameter(f"{name}.weight").flatten(1).double().T
+    goal = goal if rows is None else goal[:, rows]
+    shift = _shift(smaller, name)
+    old = weight.flatten(1).double().T
+    if shift is not None:
+        old = torch.cat([old, torch.zeros(1, old.shape[1], dtype=torch.float64)])
+    moments, products = torch.zeros(len(old), len(old), dtype=torch.float64), torch.zeros_like(old)
+    for a, b in inputs:
+        before, after = _patches(whole, a), _patches(layer, b)
+        if shift is not None:
+            after = torch.cat([after, torch.ones(len(after), 1, dtype=torch.float64)], 1)
+        moments += after.T @ after
+        products += after.T @ (before @ goal)
+    ridge = _RIDGE * moments.diagonal().mean()
+    found = torch.linalg.solve(
+        moments + ridge * torch.eye(len(old), dtype=torch.float64), products + ridge * old
     )
-    for inputs in samples:
-        before, after = (_patches(gm, name, inputs) for gm in (c.gm, smaller))
-        after = torch.cat([after, torch.ones(len(after), 1, dtype=torch.float64)], 1)
-        moments.inputs += after.T @ after
-        moments.products += after.T @ (before @ target)
-    return moments
-
-
-def _patches(gm: fx.GraphModule, name: str, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The vectors that a layer multiplies: float64 [places, inputs], the same places for layers of one shape."""
-    layer = gm.get_submodule(name)
-    seen: list[Tensor] = []
-
-    def see(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.extend(
-            part[0].double() for part in input_patches(module, args[0], torch.Generator().manual_seed(0))
-        )
-        raise _Reached
-
-    hook = layer.register_forward_pre_hook(see)
-    try:
-        gm(*inputs)
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
-    return torch.cat(seen)
-
-
-def _solve(gm: fx.GraphModule, name: str, moments: _Moments) -> None:
-    layer: Any = gm.get_submodule(name)
-    old = layer.weight.flatten(1).double().T
-    old = torch.cat([old, torch.zeros(1, old.shape[1], dtype=torch.float64)])
-    ridge = _RIDGE * moments.inputs.diagonal().mean()
-    left = moments.inputs + ridge * torch.eye(len(old), dtype=torch.float64)
-    found = torch.linalg.solve(left, moments.products + ridge * old)
-    shift = _shift(gm, name)
-    if shift is None:  # nowhere to put a constant
-        found = torch.linalg.solve(left[:-1, :-1], (moments.products + ridge * old)[:-1])
-    else:
+    if shift is not None:
         tensor, sign = shift
         tensor += sign * found[-1].to(tensor.dtype)
         found = found[:-1]
-    layer.weight.copy_(found.T.reshape(layer.weight.shape))
+    weight.copy_(found.T.reshape(weight.shape))
+
+
+def _patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """The vectors that a layer multiplies: float64 [places, inputs]; the same places for inputs of the same sizes."""
+    return torch.cat([part[0].double() for part in input_patches(layer, x, torch.Generator().manual_seed(0))])
 
 
 def _shift(gm: fx.GraphModule, name: str) -> tuple[Tensor, int] | None:
@@ -129,7 +132,7 @@ def _shift(gm: fx.GraphModule, name: str) -> tuple[Tensor, int] | None:
     if layer.bias is not None:
         return layer.bias, 1
     reader = only_consumer(calls(gm, name)[0])
-    norm = None if reader is None else module_of(reader, gm)
-    if isinstance(norm, _NORMS) and norm.running_mean is not None:
-        return norm.running_mean, -1
-    return None
+    if reader is None or len(calls(gm, str(reader.target))) != 1:
+        return None
+    norm = module_of(reader, gm)
+    return (norm.running_mean, -1) if isinstance(norm, _NORMS) and norm.running_mean is not None else None

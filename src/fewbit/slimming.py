@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
-from fewbit.data import Batches, as_batches
+from fewbit.data import Batch, Batches, as_batches
 from fewbit.errors import DataError, ModelError, RecipeError
 from fewbit.model.graph import in_eval_mode, refresh
 from fewbit.model.readers import as_module
 from fewbit.model.simulate import QuantizedModel
 from fewbit.normalise import standard
+from fewbit.progress import shown
 from fewbit.pruning.allocation import Bounds, Scope, allocate
 from fewbit.pruning.coupling import Coupling
 from fewbit.pruning.criteria import comparable, needs, scores
@@ -83,6 +84,7 @@ def prune(
     train: Callable[[nn.Module], nn.Module] | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    progress: bool = True,
 ) -> GraphModule:
     """A smaller copy of a model: channels, hidden units and heads that it needs least are gone.
 
@@ -103,6 +105,10 @@ def prune(
     """
     name, value = _budget(speedup=speedup, macs=macs, parameters=parameters)
     gm, examples, batches = _read(model, example, data, criterion, bool(repair), batch_size)
+    if scope not in get_args(Scope) or steps < 1:
+        raise RecipeError(
+            f"scope={scope!r}, steps={steps}: expected {' or '.join(get_args(Scope))}, and a step at least"
+        )
     bounds, generator = Bounds(least, multiple), torch.Generator().manual_seed(seed)
     first = couple(gm)
     count = parameters_without if name == "parameters" else macs_without
@@ -116,14 +122,14 @@ def prune(
     for step in range(1, steps + 1):
         c = couple(gm)
         groups = [g for g in find_groups(c) if g.reason is None and not _ignored(g, ignore)]
-        evidence = gather(c, groups, needs(criterion), batches or (), loss)
+        evidence = gather(c, groups, needs(criterion), _seen(batches, progress), generator, loss)
         found = {g.labels[0]: scores(criterion, g, evidence, generator) for g in groups}
         part = whole * (budget / whole) ** (step / steps)
         gone = allocate(groups, found, partial(count, c), part, scope, bounds, comparable(criterion))
         smaller = without(c, gone, examples)
         _check(c, gone, smaller, examples)
         if repair if repair is not None else batches is not None:
-            refit(c, gone, smaller, batches or ())
+            refit(c, gone, smaller, batches or (), progress)
         gm = smaller if train is None else standard(train(smaller), examples)
     last = couple(gm)
     gm.meta["pruning"] = Pruning(
@@ -183,6 +189,11 @@ def _known(ignore: tuple[str, ...], gm: GraphModule) -> None:
 def _ignored(group: Group, ignore: tuple[str, ...]) -> bool:
     """Whether a layer that makes these channels is to keep them."""
     return any(fnmatch(maker, pattern) for maker in group.makers for pattern in ignore)
+
+
+def _seen(batches: Batches | None, progress: bool) -> Iterator[Batch]:
+    if batches is not None:
+        yield from shown(batches, batches.length, "measuring channels", progress)
 
 
 def _reasons(c: Coupling) -> str:

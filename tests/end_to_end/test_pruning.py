@@ -129,6 +129,9 @@ def test_what_cannot_be_done_is_said(trained: nn.Module) -> None:
         ({"parameters": 10**9}, "no less than the model has"),
         ({"speedup": 1000.0}, "out of reach: with 10% of each group's channels the model still costs"),
         ({"speedup": 2.0, "ignore": ("stemm",)}, "matches no layer: did you mean 'stem'"),
+        ({"speedup": 2.0, "scope": "everywhere"}, "expected global or uniform"),
+        ({"speedup": 2.0, "steps": 0}, "a step at least"),
+        ({"speedup": 2.0, "least": 1.5}, "a share from 0 to 1"),
         ({"speedup": 2.0, "criterion": "l3"}, "unknown criterion 'l3'"),
     ]:
         with pytest.raises(RecipeError, match=message):

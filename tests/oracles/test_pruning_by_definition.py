@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fewbit.errors import RecipeError
+from fewbit.errors import DataError, RecipeError
 from fewbit.model.readers.torch import read
 from fewbit.pruning.allocation import Bounds, allocate
 from fewbit.pruning.coupling import Coupling
@@ -40,7 +40,9 @@ def coupled(net: nn.Module) -> tuple[Coupling, Group]:
 
 def found(name: str, net: nn.Module) -> list[float]:
     c, group = coupled(net)
-    return scores(name, group, gather(c, [group], ("gradients", "inputs"), DATA), torch.Generator()).tolist()
+    return scores(
+        name, group, gather(c, [group], ("gradients", "inputs"), DATA, torch.Generator()), torch.Generator()
+    ).tolist()
 
 
 def units(net: nn.Sequential) -> list[list[tuple[nn.Parameter, tuple[object, ...]]]]:
@@ -92,10 +94,33 @@ def test_activations_by_definition(net):
 
 
 def test_without_labels_the_models_own_answers_are_drawn(net):
-    torch.manual_seed(1)
+    """With logits of which one is far above the others that answer is drawn, so that its loss has no gradients."""
+    unlabelled = [(x, None) for x, _ in DATA]
+
+    def second(seed: int) -> torch.Tensor:
+        c, group = coupled(net)
+        seen = gather(c, [group], ("gradients",), unlabelled, torch.Generator().manual_seed(seed))
+        return seen.second[group.labels[0]]
+
+    assert torch.equal(second(1), second(1)) and not torch.equal(second(1), second(2))
+    with torch.no_grad():
+        net[3].bias[1] = 60.0
+    assert float(second(1).max()) < 1e-12
+
+
+def test_frozen_parameters_are_measured_and_stay_frozen(net):
+    expected = found("taylor", net)
+    net.requires_grad_(False)
+    assert found("taylor", net) == expected and not any(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([0, 1, 2, 3, 0]), torch.rand(5), torch.zeros(5, 2, dtype=torch.int64)]
+)
+def test_labels_that_are_no_classes_are_refused(net, labels):
     c, group = coupled(net)
-    seen = gather(c, [group], ("gradients",), [(x, None) for x, _ in DATA])
-    assert bool((seen.second[group.labels[0]] > 0).all())
+    with pytest.raises(DataError, match=r"are no classes of outputs .* give loss="):
+        gather(c, [group], ("gradients",), [(DATA[0][0], labels)], torch.Generator())
 
 
 class Two(nn.Module):

@@ -59,7 +59,7 @@ class Layers(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.relu(self.conv(x))
-        y = torch.cat([y, y.flip(1)], 1)[:, 2:10].transpose(1, 2)
+        y = torch.cat([y.roll(1, 2), y.flip(1)], 1)[:, 2:10].transpose(1, 2)
         y = torch.einsum("btc,cd->btd", torch.tanh(self.tokens(y)), self.weight)
         y = self.norm(self.back(y.repeat(1, 1, 1)))
         return self.head(torch.where(y > 0, y, 0.1 * y).amax(1))
@@ -73,6 +73,21 @@ def test_parameters_products_and_slices_are_followed() -> None:
     assert groups["tokens"].reason is None and len(groups["tokens"]) == 12, "through einsum into a parameter"
     assert "runs along" in str(groups["conv"].reason) and "spread" in str(groups["back"].reason)
     assert pruned(gm, example, 1)
+
+
+@pytest.mark.parametrize(("dim", "stays"), [(1, True), (2, False)])
+def test_channels_that_are_rolled_stay(dim: int, stays: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv1d(3, 6, 3, padding=1), nn.Conv1d(6, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.second(self.first(x).roll(2, dim))
+            return out
+
+    groups = {g.name: g for g in find_groups(couple(read(Net().eval(), (torch.randn(2, 3, 8),)))) if g.makers}
+    assert (groups["first"].reason is not None) is stays
 
 
 def test_heads_leave_whole() -> None:

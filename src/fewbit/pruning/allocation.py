@@ -23,6 +23,12 @@ class Bounds:
     least: float = 0.1
     multiple: int = 1
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.least <= 1 or self.multiple < 1:
+            raise RecipeError(
+                f"least={self.least}, multiple={self.multiple}: expected a share from 0 to 1, and 1 or more"
+            )
+
     def kept(self, group: Group, wanted: int) -> int:
         """Units that stay when ``wanted`` would."""
         size = len(group)

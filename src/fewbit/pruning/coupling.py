@@ -87,6 +87,7 @@ class Coupling:
     """What `couple` finds in a graph. All nodes are those of the graph that was given.
 
     ``choices``: which of several new axes gets the labels where an axis becomes several; ``open_choices``: which may.
+    ``states``: recurrent weights whose columns read hidden units.
     """
 
     gm: fx.GraphModule
@@ -98,9 +99,7 @@ class Coupling:
     work: list[Work] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
     open_choices: dict[Regrouping, list[int]] = field(default_factory=dict)
-    states: list[tuple[str, Axis]] = field(
-        default_factory=list
-    )  # recurrent weights whose columns read hidden units
+    states: list[tuple[str, Axis]] = field(default_factory=list)
 
     def run(self) -> Coupling:
         """Follow all indices through the graph."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fewbit.data.intake import Batch
+from fewbit.data import Batch
+from fewbit.errors import DataError
 from fewbit.model.graph import in_eval_mode
 from fewbit.pruning.coupling import Coupling
 from fewbit.pruning.criteria import Evidence, parameters, rows
@@ -23,18 +25,19 @@ def gather(
     groups: Collection[Group],
     needs: Collection[str],
     batches: Iterable[Batch],
+    generator: torch.Generator,
     loss: Loss | None = None,
 ) -> Evidence:
     """Run the model on batches, in eval mode.
 
-    ``loss``: by default the cross entropy to the labels, or to the model's own answers.
+    ``loss``: by default the cross entropy to the labels, or without any to classes drawn from the model's answers.
     """
     evidence = Evidence()
     if not needs:
         return evidence
     squares = _Squares(c) if "inputs" in needs else None
     count = 0
-    with in_eval_mode(c.gm):
+    with in_eval_mode(c.gm), _differentiable(c.gm):
         for inputs, target in batches:
             count += 1
             if squares is not None:
@@ -42,7 +45,9 @@ def gather(
                     squares.run(*inputs)
             if "gradients" in needs:
                 with torch.enable_grad():
-                    _add_gradients(c, groups, evidence, (loss or answers)(c.gm(*inputs), target))
+                    output = c.gm(*inputs)
+                    value = cross_entropy(output, target, generator) if loss is None else loss(output, target)
+                    _add_gradients(groups, evidence, value)
     for sums in (evidence.first, evidence.second):
         for total in sums.values():
             total /= count
@@ -51,29 +56,49 @@ def gather(
     return evidence
 
 
-def answers(output: Any, target: Any) -> Tensor:
-    """Cross entropy to labels; without any, to classes drawn from what the model says (seed of PyTorch)."""
+def cross_entropy(output: Any, target: Any, generator: torch.Generator) -> Tensor:
+    """Of an output whose last axis runs along classes, to labels of its other axes, or to what the output says itself.
+
+    Raises DataError for labels that are no such classes.
+    """
     logits = output[0] if isinstance(output, tuple | list) else output
-    classes = logits.flatten(0, -2)
+    rows = logits.flatten(0, -2)
     if target is None:
-        target = torch.distributions.Categorical(logits=classes.detach()).sample()
-    return F.cross_entropy(classes, torch.as_tensor(target).reshape(-1))
+        return F.cross_entropy(
+            rows, torch.multinomial(rows.detach().softmax(-1), 1, generator=generator)[:, 0]
+        )
+    labels = torch.as_tensor(target).reshape(-1)
+    if (
+        labels.is_floating_point()
+        or len(labels) != len(rows)
+        or not bool(((labels >= 0) & (labels < rows.shape[1])).all())
+    ):
+        raise DataError(
+            f"pruning data: labels {tuple(torch.as_tensor(target).shape)} of {labels.dtype} are no classes of outputs "
+            f"{tuple(logits.shape)} (classes on the last axis); give loss=, a function of output and labels"
+        )
+    return F.cross_entropy(rows, labels)
 
 
-def _add_gradients(c: Coupling, groups: Collection[Group], evidence: Evidence, loss: Tensor) -> None:
+@contextmanager
+def _differentiable(gm: fx.GraphModule) -> Iterator[None]:
+    """Gradients for all parameters, also for frozen ones."""
+    before = {parameter: parameter.requires_grad for parameter in gm.parameters()}
+    gm.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, wanted in before.items():
+            parameter.requires_grad_(wanted)
+
+
+def _add_gradients(groups: Collection[Group], evidence: Evidence, loss: Tensor) -> None:
     tensors = list({id(m.slot.tensor): m.slot.tensor for g in groups for m in parameters(g)}.values())
-    wanted = [tensor for tensor in tensors if tensor.requires_grad]
-    found = torch.autograd.grad(loss, wanted, allow_unused=True)
-    products = {
-        id(tensor): (tensor * gradient).detach()
-        for tensor, gradient in zip(wanted, found, strict=True)
-        if gradient is not None
-    }
+    found = torch.autograd.grad(loss, tensors, materialize_grads=True)
+    products = {id(t): (t * gradient).detach() for t, gradient in zip(tensors, found, strict=True)}
     for group in groups:
         key = group.labels[0]
-        parts = [
-            rows(m, products[id(m.slot.tensor)]) for m in parameters(group) if id(m.slot.tensor) in products
-        ]
+        parts = [rows(m, products[id(m.slot.tensor)]) for m in parameters(group)]
         zeros = torch.zeros(len(group), dtype=torch.float64)
         first = sum((part.sum(1) for part in parts), zeros).square()
         second = sum((part.square().sum(1) for part in parts), zeros)

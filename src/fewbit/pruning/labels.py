@@ -65,17 +65,8 @@ class Labels:
 
     def units(self, groups: Sequence[Sequence[int]]) -> int:
         """How many could leave by themselves if the labels in each group were united."""
-        parent: dict[int, int] = {}
-
-        def root(label: int) -> int:
-            label = self.find(label)
-            while label in parent:
-                label = parent[label]
-            return label
-
+        trial = Labels()
+        trial._parent = self._parent.copy()
         for group in groups:
-            first = root(group[0])
-            for label in group[1:]:
-                if (other := root(label)) != first:
-                    parent[other] = first
-        return len({root(group[0]) for group in groups})
+            trial.unite_all(group)
+        return len({trial.find(group[0]) for group in groups})

@@ -13,7 +13,7 @@ from fewbit.pruning.labels import Axes, Axis
 _GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
 
 
-def _weights(c: Coupling, node: fx.Node, *names: str) -> list[Axes | None]:
+def _parameters(c: Coupling, node: fx.Node, *names: str) -> list[Axes | None]:
     """The axes of a layer's parameters, or of the operands of a function after the first."""
     if node.op != "call_module":
         operands = [node.args[i] if len(node.args) > i else None for i in range(1, len(names) + 1)]
@@ -24,21 +24,24 @@ def _weights(c: Coupling, node: fx.Node, *names: str) -> list[Axes | None]:
     return [None if path is None else c.parameter(path, 2) for path in paths]
 
 
-def _makes(c: Coupling, node: fx.Node, dim: int) -> None:
+def _product(c: Coupling, node: fx.Node, makes: int) -> tuple[fx.Node, Axes, Axes, Axis]:
+    """What a layer multiplies, its axes, those of the weight, and that of the bias (of the weight where it has none).
+
+    ``makes``: the weight's dimension along what the layer gives.
+    """
+    source: Any = node.args[0]
+    weight, bias = _parameters(c, node, "weight", "bias")
+    assert weight is not None
     if node.op == "call_module":
-        c.slot(f"{node.target}.weight").makes = dim
+        c.slot(f"{node.target}.weight").makes = makes
+    return source, c.axes(source), weight, weight[makes] if bias is None else bias[0]
 
 
 @rule("linear")
 def linear(c: Coupling, node: fx.Node) -> Axes:
-    source: Any = node.args[0]
-    x = c.axes(source)
-    weight, bias = _weights(c, node, "weight", "bias")
-    assert weight is not None
-    _makes(c, node, 0)
+    source, x, weight, bias = _product(c, node, makes=0)
     c.contract(node, source, len(x) - 1, c.unite(x[-1], weight[1], node))
-    if bias is not None:
-        c.unite(weight[0], bias[0], node)
+    c.unite(weight[0], bias, node)
     macs = math.prod(shape_of(node)) * shape_of(source)[-1]
     c.work.append(Work(node, macs, (*x[:-1], weight[0], weight[1])))
     return (*x[:-1], weight[0])
@@ -46,16 +49,12 @@ def linear(c: Coupling, node: fx.Node) -> Axes:
 
 @rule("conv")
 def conv(c: Coupling, node: fx.Node) -> Axes:
-    source: Any = node.args[0]
-    weight, bias = _weights(c, node, "weight", "bias")
-    assert weight is not None
-    _makes(c, node, 0)
+    source, x, weight, bias = _product(c, node, makes=0)
+    c.unite(weight[0], bias, node)
     layer = module_of(node, c.gm)
     groups: Any = layer.groups if isinstance(layer, nn.Module) else node.args[6] if len(node.args) > 6 else 1
-    x, inputs, count = c.axes(source), weight[1], shape_of(source)[1]
-    inside = _grouped(c, node, x[1], weight[0], groups, inputs)
-    if bias is not None:
-        c.unite(weight[0], bias[0], node)
+    count = shape_of(source)[1]
+    inside = _grouped(c, node, x[1], weight[0], groups, weight[1])
     c.contract(node, source, 1, x[1])
     taps = math.prod(_weight_shape(c, node)[2:])
     macs = math.prod(shape_of(node)) * (count // groups) * taps
@@ -67,17 +66,13 @@ def conv(c: Coupling, node: fx.Node) -> Axes:
 
 @rule("conv_transpose")
 def conv_transpose(c: Coupling, node: fx.Node) -> Axes:
-    source: Any = node.args[0]
-    weight, bias = _weights(c, node, "weight", "bias")
-    assert weight is not None
-    _makes(c, node, 1)
+    source, x, weight, bias = _product(c, node, makes=1)
     layer: Any = module_of(node, c.gm)
-    x = c.axes(source)
     c.unite(x[1], weight[0], node)
     out = weight[1] if layer.groups == 1 else c.labels.fresh(layer.out_channels)
     inside = weight[1] if layer.groups == 1 else _grouped(c, node, out, weight[0], layer.groups, weight[1])
-    if bias is not None:
-        c.unite(out, bias[0], node)
+    if layer.bias is not None:
+        c.unite(out, bias, node)
     c.contract(node, source, 1, x[1])
     macs = math.prod(shape_of(source)) * (layer.out_channels // layer.groups) * math.prod(layer.kernel_size)
     c.work.append(Work(node, macs, (x[0], x[1], inside)))
@@ -125,7 +120,7 @@ def embedding(c: Coupling, node: fx.Node) -> Axes:
 @rule("batch_norm", "instance_norm")
 def per_channel_norm(c: Coupling, node: fx.Node) -> Axes:
     x = c.axes(node.args[0])
-    for each in _weights(c, node, "weight", "bias", "running_mean", "running_var"):
+    for each in _parameters(c, node, "weight", "bias", "running_mean", "running_var"):
         if each is not None:
             c.unite(x[1], each[0], node)
     _factors(c, node)
@@ -141,7 +136,7 @@ def _factors(c: Coupling, node: fx.Node) -> None:
 @rule("prelu")
 def prelu(c: Coupling, node: fx.Node) -> Axes:
     x = c.axes(node.args[0])
-    (slopes,) = _weights(c, node, "weight")
+    (slopes,) = _parameters(c, node, "weight")
     if slopes is not None and slopes[0] is not None:
         c.unite(x[1], slopes[0], node)
     return x
@@ -156,7 +151,7 @@ def group_norm(c: Coupling, node: fx.Node) -> Axes:
         each = layer.num_channels // layer.num_groups
         for start in range(0, layer.num_channels, each):
             c.labels.unite_all(x[1][start : start + each])
-    for part in _weights(c, node, "weight", "bias"):
+    for part in _parameters(c, node, "weight", "bias"):
         if part is not None:
             c.unite(x[1], part[0], node)
     _factors(c, node)

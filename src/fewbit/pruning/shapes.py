@@ -26,10 +26,8 @@ def _dims(node: fx.Node, position: int, rank: int) -> list[int]:
 def over_space(c: Coupling, node: fx.Node) -> Axes:
     """Of an image; what is pooled has no labels, and keeps those that it has otherwise."""
     x, shape = c.axes(_source(node)), shape_of(node)
-    reason = f"{name_of(node)} combines neighbours"
-    kept = len(shape) - 2 if len(shape) > 2 else 0
-    c.freeze(x[len(x) - kept :], reason)
-    return (*x[: len(x) - kept], *(None for _ in range(kept)))
+    c.freeze(x[2:], f"{name_of(node)} combines neighbours")
+    return (*x[:2], *(None for _ in shape[2:]))
 
 
 @rule("mean", "sum", "max", "var", "argmax")
@@ -45,7 +43,7 @@ def reduction(c: Coupling, node: fx.Node) -> Axes:
 @rule("softmax", "log_softmax", "cumsum", "flip")
 def along(c: Coupling, node: fx.Node) -> Axes:
     x = c.axes(_source(node))
-    for dim in _dims(node, 1, len(x)):
+    for dim in _dims(node, 2 if "roll" in str(node.target) else 1, len(x)):  # in front of roll's: how far
         c.labels.freeze(x[dim], f"{name_of(node)} runs along all of them")
     return x
 
@@ -285,7 +283,8 @@ def _regrouped(
 
 def _merged(flat: list[int], shape: list[int], dim: int) -> list[list[int]]:
     """The labels that meet in each index of an axis, when numbers in one row get a shape."""
-    inner, groups = math.prod(shape[dim + 1 :]), [[] for _ in range(shape[dim])]  # type: tuple[int, list[list[int]]]
+    inner = math.prod(shape[dim + 1 :])
+    groups: list[list[int]] = [[] for _ in range(shape[dim])]
     for index, label in enumerate(flat):
         groups[index // inner % shape[dim]].append(label)
     return groups

@@ -3,6 +3,7 @@
 Units without a norm have the length of the weights that make them, so that all are comparable within their group.
 """
 
+import torch
 from torch import Tensor
 
 from fewbit.pruning.criteria import Units
@@ -10,4 +11,4 @@ from fewbit.pruning.criteria import Units
 
 def scores(units: Units) -> Tensor:
     found = units.factors() or [rows.square().sum(1, keepdim=True).sqrt() for rows in units.makers()]
-    return sum(rows.abs().mean(1) for rows in found)  # type: ignore[return-value]
+    return torch.stack([rows.abs().mean(1) for rows in found]).sum(0)
