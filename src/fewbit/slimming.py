@@ -1,9 +1,9 @@
-"""Pruning from the outside: fewer channels, in a model that stays an ordinary network."""
+"""Pruning from the outside: fewer channels or fewer weights, in a model that stays an ordinary network."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -26,12 +26,15 @@ from fewbit.pruning.coupling import Coupling
 from fewbit.pruning.criteria import comparable, needs, scores
 from fewbit.pruning.evidence import Loss, gather
 from fewbit.pruning.groups import Group, couple, find_groups, macs_without, parameters_without
+from fewbit.pruning.patterns import Pattern
 from fewbit.pruning.slicing import masked, without
 from fewbit.refit import refit
 from fewbit.registry import nearest
+from fewbit.sparsify import LEAST, Sparsifying, sparsified
 from fewbit.tables import text_table
 from fewbit.training.model import TrainableModel
 
+LEAST_CHANNELS = 0.1
 _CHECKED = 4  # samples on which the smaller model is compared with the masked one
 _TOLERANCE = 1e-3  # of the largest output; float32 sums in another order differ by less
 
@@ -72,15 +75,20 @@ def prune(
     speedup: float | None = None,
     macs: float | None = None,
     parameters: float | None = None,
-    criterion: str = "l2",
+    sparsity: float | None = None,
+    structure: str | None = None,
+    block: tuple[int, int] = (4, 4),
+    criterion: str | None = None,
     data: object = None,
     loss: Loss | None = None,
     repair: bool | None = None,
     scope: Scope = "global",
-    least: float = 0.1,
+    least: float | None = None,
     multiple: int = 1,
     ignore: tuple[str, ...] = (),
     steps: int = 1,
+    schedule: str = "cubic",
+    rewind: nn.Module | Mapping[str, Tensor] | None = None,
     train: Callable[[nn.Module], nn.Module] | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -94,22 +102,51 @@ def prune(
     ``data``: inputs, with labels if there are any, for those that have to see some; ``loss(output, target)``: by
     default cross entropy. ``repair``: fit the weights that are left so that each layer gives what it gave (`refit`);
     by default where there is ``data``. ``scope``: "global" compares all layers, "uniform" takes the same share of each.
-    ``least``: the share of a group that stays in any case; ``multiple``: of which its size has to be one. ``ignore``:
-    layers that keep their channels. ``steps`` reaches the budget in so many parts, and calls ``train(model)`` after
-    each, which gives the model back; ``lambda m: fewbit.finetune(m, data, epochs=1, teacher=model)`` for instance.
+    ``least``: the share of a group that stays in any case, by default a tenth; ``multiple``: of which its size has to
+    be one. ``ignore``: layers that keep their channels. ``steps`` reaches the budget in so many parts, and calls
+    ``train(model)`` after each, which gives the model back; ``lambda m: fewbit.finetune(m, data, epochs=1,
+    teacher=model)`` for instance.
+
+    Or single weights: ``sparsity``, the share of them that become zero, with ``structure`` "unstructured", "block"
+    (``block`` outputs x inputs leave together) or "N:M", which says the share itself. ``criterion`` is then one of
+    weights, "magnitude" by default; ``least`` of each layer stays, a hundredth. ``schedule``: how ``steps`` come to the
+    share: "cubic", "linear" or "geometric". ``rewind``: a model or its state, from early in training, to which the
+    weights that stay go back after each step (lottery tickets). Zeros stay zero when the model is fine-tuned, quantized
+    and exported; the shapes stay, too, so that the file gets smaller, and nothing faster by itself.
 
     The result is a graph of ordinary layers under their old names, which trains, quantizes and exports like any other.
     Before it is given, it is compared with the whole model whose pruned channels nothing reads.
-    ``result.meta["pruning"]`` says what every group kept and why some had to stay. Raises ``ModelError``, ``DataError``
+    ``result.meta["pruning"]`` says what every group kept and why some had to stay, ``result.meta["sparsity"]`` where
+    zeros are. Raises ``ModelError``, ``DataError``
     or ``RecipeError``.
     """
-    name, value = _budget(speedup=speedup, macs=macs, parameters=parameters)
-    gm, examples, batches = _read(model, example, data, criterion, bool(repair), batch_size)
     if scope not in get_args(Scope) or steps < 1:
         raise RecipeError(
             f"scope={scope!r}, steps={steps}: expected {' or '.join(get_args(Scope))}, and a step at least"
         )
-    bounds, generator = Bounds(least, multiple), torch.Generator().manual_seed(seed)
+    structure = structure or ("channels" if sparsity is None else "unstructured")
+    if structure != "channels":
+        _only(structure, speedup=speedup, macs=macs, parameters=parameters)
+        pattern = Pattern(structure, block)
+        state = rewind.state_dict() if isinstance(rewind, nn.Module) else rewind
+        how = Sparsifying(
+            pattern, _share(pattern, sparsity), criterion or "magnitude", scope, LEAST if least is None else least,
+            ignore, steps, schedule, loss, train, state,
+        )  # fmt: skip
+        gm, examples, batches = _read(model, example, data, how.criterion, how.sees, bool(repair), batch_size)
+        _known(ignore, gm)
+        repairs = repair if repair is not None else batches is not None and rewind is None
+        return sparsified(gm, examples, batches, how, repairs, seed, progress)
+    if sparsity is not None or rewind is not None:
+        raise RecipeError(
+            "sparsity= and rewind= are for single weights: structure='unstructured', '2:4' or 'block'; channels take "
+            "speedup=, macs= or parameters="
+        )
+    name, value = _budget(speedup=speedup, macs=macs, parameters=parameters)
+    criterion = criterion or "l2"
+    gm, examples, batches = _read(model, example, data, criterion, needs(criterion), bool(repair), batch_size)
+    bounds = Bounds(LEAST_CHANNELS if least is None else least, multiple)
+    generator = torch.Generator().manual_seed(seed)
     first = couple(gm)
     count = parameters_without if name == "parameters" else macs_without
     whole, samples = count(first, set()), len(examples[0])
@@ -139,6 +176,31 @@ def prune(
     return gm
 
 
+def _share(pattern: Pattern, sparsity: float | None) -> float:
+    """The share of zeros: what is asked for, or what N:M says."""
+    if pattern.ratio is None:
+        if sparsity is None:
+            raise RecipeError(
+                f"structure={pattern.structure!r} needs sparsity=, the share of zeros, such as 0.8"
+            )
+        return sparsity
+    n, m = pattern.ratio
+    if sparsity not in (None, 1 - n / m):
+        raise RecipeError(
+            f"sparsity={sparsity:g}: {n}:{m} makes {1 - n / m:g} of the weights zero; leave it out"
+        )
+    return 1 - n / m
+
+
+def _only(structure: str, **budgets: float | None) -> None:
+    given = [name for name, value in budgets.items() if value is not None]
+    if given:
+        raise RecipeError(
+            f"{', '.join(given)}: zeros among weights save no work by themselves; give sparsity= for structure="
+            f"{structure!r}, or leave the structure out"
+        )
+
+
 def _budget(**asked: float | None) -> tuple[str, float]:
     given = {name: value for name, value in asked.items() if value is not None}
     if len(given) != 1:
@@ -152,7 +214,13 @@ def _budget(**asked: float | None) -> tuple[str, float]:
 
 
 def _read(
-    model: Any, example: Any, data: object, criterion: str, repair: bool, batch_size: int
+    model: Any,
+    example: Any,
+    data: object,
+    criterion: str,
+    sees: frozenset[str],
+    repair: bool,
+    batch_size: int,
 ) -> tuple[GraphModule, tuple[Tensor, ...], Batches | None]:
     """The model as a graph, inputs to run it on, and the data."""
     if isinstance(model, QuantizedModel | TrainableModel):
@@ -165,8 +233,8 @@ def _read(
     if data is not None:
         batches = as_batches(data, what="pruning", like=examples, labels=None, batch_size=batch_size)
         examples = examples or batches.peek()[0]
-    elif needs(criterion) or repair:
-        what = f"criterion {criterion!r}" if needs(criterion) else "repair"
+    elif sees or repair:
+        what = f"criterion {criterion!r}" if sees else "repair"
         raise DataError(f"{what} has to see data: call prune(model, data=..., ...)")
     examples = examples or getattr(module, "meta", {}).get("example")
     if examples is None:

@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 from fewbit.errors import CalibrationError, FewbitError
 from fewbit.model.simulate import FakeQuantize
 from fewbit.model.sites import WEIGHTED, Placement, rescale_factor
+from fewbit.model.zeros import keep_zeros, sparse_names
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme
 from fewbit.observers import make_observer
@@ -75,6 +76,7 @@ def round_weights(
 ) -> dict[str, QTensor]:
     """Every weight of the plan rounded, and its new values written into the graph; by site."""
     qtensors: dict[str, QTensor] = {}
+    sparse = set(sparse_names(gm))
     for row in plan.weights():
         if row.scheme is None:
             continue
@@ -86,6 +88,8 @@ def round_weights(
             if shared in qtensors
             else _round_weight(row, parameter.detach(), limits.get(layer), statistics.of(row.site))
         )
+        if row.site in sparse:
+            keep_zeros(row.site, parameter.detach(), q.dequantize(), row.scheme.format)
         qtensors[row.site] = q
         with torch.no_grad():
             parameter.copy_(q.dequantize())

@@ -23,6 +23,7 @@ from fewbit.model.program import aten
 from fewbit.model.simulate import DynamicFakeQuantize, FakeQuantize, QuantizedModel
 from fewbit.model.symbols import Sizes, decode_value, encode_value
 from fewbit.model.values import config
+from fewbit.model.zeros import SPARSE
 from fewbit.numerics.qtensor import QTensor
 from fewbit.numerics.scheme import Scheme
 from fewbit.plan.plan import Plan
@@ -78,6 +79,7 @@ class GraphWriter:
             "training": gm.training,
             "notes": notes,
             "dynamic": dynamic,
+            "sparse": list(gm.meta.get(SPARSE, ())),
         }
 
     def _node(self, node: Node, index: Mapping[Node, int]) -> dict[str, Any]:
@@ -166,6 +168,7 @@ class GraphReader:
         gm.train(bool(data["training"]))
         gm.meta["notes"] = [str(note) for note in data["notes"]]
         gm.meta["dynamic"] = {str(k): tuple(v) for k, v in data["dynamic"].items()}
+        gm.meta[SPARSE] = tuple(str(name) for name in data.get("sparse", ()))  # older files have none
         return gm
 
     def _node(

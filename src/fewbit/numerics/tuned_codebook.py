@@ -16,7 +16,7 @@ from fewbit.numerics.scheme import blocks, unblocks
 
 
 class TunedCodebook:
-    """A weight of a learned format: latent weights and the table learn; a value that is zero stays zero.
+    """A weight of a learned format: latent weights and the table learn; zeros stay zero, in the table and the weight.
 
     Both are counted in steps, two over the number of values, so that they learn at the rates of integers' codes.
 
@@ -31,13 +31,14 @@ class TunedCodebook:
         self.step = 2 / q.codebook.shape[1]
         rows = blocks(weight.detach().to(torch.float32), q.scheme) / q.scale.reshape(-1, 1)
         coded = blocks(q.dequantize(), q.scheme) / q.scale.reshape(-1, 1)
+        self.zero = rows == 0
         same = nearest_value(rows, q.codebook) == blocks(q.codes, q.scheme)
         self.v = (torch.where(same, rows, coded) / self.step).requires_grad_()
         self.change = torch.zeros_like(q.codebook).requires_grad_()
 
     def weight(self) -> Tensor:
         """The rounded weight: float32, differentiable in ``v`` (straight through) and in ``change``."""
-        table, v = self._values(), self.v * self.step
+        table, v = self._values(), (self.v * self.step).masked_fill(self.zero, 0.0)
         codes = nearest_value(v.detach(), table.detach()).long()
         rows = table.expand(len(v), -1).gather(1, codes) + (v - v.detach())
         return unblocks(rows * self.q.scale.reshape(-1, 1), self.q.shape, self.q.scheme)
@@ -46,7 +47,8 @@ class TunedCodebook:
         """The weight as codes, and its table as it is stored."""
         with torch.no_grad():
             table = as_stored(self._values())
-            codes = unblocks(nearest_value(self.v * self.step, table), self.q.shape, self.q.scheme)
+            rows = (self.v * self.step).masked_fill(self.zero, 0.0)
+            codes = unblocks(nearest_value(rows, table), self.q.shape, self.q.scheme)
             return replace(self.q, codes=codes.to(self.q.scheme.spec.code_dtype), codebook=table)
 
     def _values(self) -> Tensor:

@@ -37,7 +37,7 @@ def gather(
         return evidence
     squares = _Squares(c) if "inputs" in needs else None
     count = 0
-    with in_eval_mode(c.gm), _differentiable(c.gm):
+    with in_eval_mode(c.gm), differentiable(c.gm):
         for inputs, target in batches:
             count += 1
             if squares is not None:
@@ -81,7 +81,7 @@ def cross_entropy(output: Any, target: Any, generator: torch.Generator) -> Tenso
 
 
 @contextmanager
-def _differentiable(gm: fx.GraphModule) -> Iterator[None]:
+def differentiable(gm: fx.GraphModule) -> Iterator[None]:
     """Gradients for all parameters, also for frozen ones."""
     before = {parameter: parameter.requires_grad for parameter in gm.parameters()}
     gm.requires_grad_(True)

@@ -60,6 +60,7 @@ def round(weight: Tensor, scheme: Scheme, lo: Tensor, hi: Tensor, statistics: Ma
             for x in parts
         )
         nearest = _quantizer(plain, rows, inputs, factored.order.tolist(), moments.dtype)
+        nearest = _keeping(ordered == 0, nearest)
         rounded, loss = round_inputs(ordered, factored, nearest)
         worse = loss > losses(ordered - simple, factored, loss)
         rounded[:, worse] = simple[:, worse]
@@ -105,6 +106,13 @@ def _blocks_by_input(plain: QTensor, rows: slice, inputs: int) -> tuple[Tensor, 
         return table, [i // (inputs // len(table)) for i in range(inputs)]
     full = unblocks(numbers.reshape(-1, 1).expand(-1, plain.codes.numel() // count), plain.shape, scheme)
     return full.reshape(outputs, inputs)[rows].T.contiguous(), list(range(inputs))
+
+
+def _keeping(zeros: Tensor, nearest: Nearest) -> Nearest:
+    """The same quantizer, but weights that were pruned stay zero and make up for nothing: [I, O] in the same order."""
+    if not bool(zeros.any()):
+        return nearest
+    return lambda x, place: nearest(x, place).masked_fill_(zeros[place], 0.0)
 
 
 def _integer(scale: Tensor, zero_point: Tensor, index: list[int], scheme: Scheme) -> Nearest:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fewbit.data import Batches
 from fewbit.errors import DataError, TrainingError
+from fewbit.model.zeros import hold_zeros, sparse_names
 from fewbit.progress import shown
 from fewbit.training.examples import Examples
 from fewbit.training.faults import check_batch_norms, check_gradients, check_scales, first_fault
@@ -111,6 +112,8 @@ class Trainer:
         # Channels last is what 16-bit kernels of convolutions work on; FSDP cannot shard such memory.
         self.images = any(p.dim() == 4 for p in self.model.parameters()) and processes.strategy != "fsdp"
         self.state = _State()
+        if processes.strategy == "fsdp" and sparse_names(self.model):
+            raise TrainingError("the model has sparse weights, whose zeros parallel='ddp' can hold: use that")
         if settings.patience is not None and held_out is None:
             raise TrainingError("patience=... stops by held-out data: give held_out=0.1, or held-out data")
 
@@ -136,6 +139,17 @@ class Trainer:
         if settings.compile:
             self.student.compile()
         board = Board(settings.folder if self.processes.first else None)
+        with hold_zeros(self.model):
+            best = self._epochs(board, path, best)
+        board.close()
+        self._finish(whole, best)
+        return self.state.records
+
+    def _epochs(
+        self, board: Board, path: Path | None, best: dict[str, Tensor] | None
+    ) -> dict[str, Tensor] | None:
+        """What is left of all epochs; gives the best state so far, where held-out data decide."""
+        settings = self.settings
         for epoch in range(self.state.epoch, settings.epochs):
             record = self._epoch(epoch)
             if self.held_out is not None:
@@ -151,9 +165,7 @@ class Trainer:
                 board.add(record)
             if settings.patience is not None and self.state.since > settings.patience:
                 break
-        board.close()
-        self._finish(whole, best)
-        return self.state.records
+        return best
 
     def _finish(self, whole: nn.Module, best: dict[str, Tensor] | None) -> None:
         """The model as it ends: the best by held-out data if these decide, in one piece."""
