@@ -10,6 +10,8 @@ _WHERE = {
     "finetune": "fewbit.finetuning",
     "distill": "fewbit.finetuning",
     "prune": "fewbit.slimming",
+    "compress": "fewbit.compression",
+    "hold_zeros": "fewbit.model.zeros",
     "Training": "fewbit.training.model",
     "Distillation": "fewbit.training.objective",
     "load": "fewbit.storage",
@@ -24,6 +26,7 @@ _WHERE = {
     "formats": "fewbit.catalogue",
     "Recipe": "fewbit.plan",
     "Plan": "fewbit.plan",
+    "Steps": "fewbit.plan",
     "Scheme": "fewbit.numerics.scheme",
     "QTensor": "fewbit.numerics.qtensor",
     "FewbitError": "fewbit.errors",
@@ -31,15 +34,17 @@ _WHERE = {
 
 if TYPE_CHECKING:
     from fewbit.catalogue import formats
+    from fewbit.compression import compress
     from fewbit.deploy import export, verify
     from fewbit.errors import FewbitError
     from fewbit.evaluation.measure import measure
     from fewbit.evaluation.metrics import evaluate
     from fewbit.finetuning import distill, finetune
+    from fewbit.model.zeros import hold_zeros
     from fewbit.numerics.qtensor import QTensor
     from fewbit.numerics.scheme import Scheme
     from fewbit.pipeline import quantize
-    from fewbit.plan import Plan, Recipe
+    from fewbit.plan import Plan, Recipe, Steps
     from fewbit.search.sensitivity import sensitivity
     from fewbit.slimming import prune
     from fewbit.storage import load, save
@@ -55,13 +60,16 @@ __all__ = [
     "QTensor",
     "Recipe",
     "Scheme",
+    "Steps",
     "Training",
     "benchmark",
+    "compress",
     "distill",
     "evaluate",
     "export",
     "finetune",
     "formats",
+    "hold_zeros",
     "load",
     "measure",
     "prune",

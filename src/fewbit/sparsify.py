@@ -257,7 +257,7 @@ def _with_least(units: Tensor, least: float) -> Tensor:
 def _apply(gm: GraphModule, masks: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, mask in masks.items():
-            gm.get_parameter(name).mul_(mask)
+            gm.get_parameter(name).masked_fill_(~mask, 0.0)  # a product could be -0.0
     gm.meta[SPARSE] = tuple(dict.fromkeys((*sparse_names(gm), *masks)))
 
 

@@ -9,6 +9,13 @@ from torch import Tensor, nn
 
 from fewbit.evidence import see
 from fewbit.model.readers.torch import read
+from fewbit.numerics.clustering import cluster
+from fewbit.numerics.codebooks import fit_codebook
+from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.scheme import Scheme
+from fewbit.numerics.soft_rounding import SoftRounding
+from fewbit.numerics.tuned_codebook import TunedCodebook
+from fewbit.numerics.tuned_weight import TunedWeight
 from fewbit.pruning.patterns import Pattern, reached, thresholded
 from fewbit.pruning.saliency import Weight, saliency
 from fewbit.refit import solve_on
@@ -130,15 +137,15 @@ def test_two_of_four_are_those_with_the_highest_scores_of_four_inputs() -> None:
 
 
 def test_blocks_leave_whole_the_weakest_on_average() -> None:
-    scores = torch.rand(4, 6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = torch.rand(6, 6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pattern = Pattern("block", (2, 3))
     (kept,) = thresholded([pattern.units(scores)], 0.5, together=True)
     mask = pattern.mask(kept, scores.shape)
     means = {
         (o, i, k): float(scores[2 * o : 2 * o + 2, 3 * i : 3 * i + 3, k].mean())
-        for o, i, k in itertools.product(range(2), range(2), range(2))
+        for o, i, k in itertools.product(range(3), range(2), range(2))
     }
-    middle = sorted(means.values())[4]
+    middle = sorted(means.values())[6]
     for (o, i, k), mean in means.items():
         block = mask[2 * o : 2 * o + 2, 3 * i : 3 * i + 3, k]
         assert bool(block.all()) == bool(block.any()) == (mean >= middle)
@@ -161,3 +168,23 @@ def test_schedules_rise_to_the_goal(schedule: str) -> None:
     if schedule == "geometric":
         left = [1 - share for share in shares]
         assert left[1] / left[0] == pytest.approx(left[4] / left[3])
+
+
+@pytest.mark.parametrize("learned", [SoftRounding, TunedWeight, TunedCodebook])
+def test_codes_that_learn_leave_zeros(learned: type) -> None:
+    """However far the learning pushes them."""
+    w = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    w[w.abs() < 0.5] = 0.0
+    scheme = Scheme(
+        "codebook3" if learned is TunedCodebook else "uint4", "channel", symmetric=learned is TunedCodebook
+    )
+    q = (
+        fit_codebook(w, scheme, cluster)
+        if learned is TunedCodebook
+        else QTensor.quantize(w, scheme, w.amin(1), w.amax(1))
+    )
+    soft = learned(w, q)
+    with torch.no_grad():
+        soft.v += 3.0
+    assert not bool(soft.weight()[w == 0].any()) and not bool(soft.hard().dequantize()[w == 0].any())
+    assert not torch.equal(soft.hard().dequantize(), q.dequantize())

@@ -140,22 +140,9 @@ class Recipe:
     @classmethod
     def load(cls, source: str | Path) -> "Recipe":
         """A preset by name (``"int8"``), or a TOML file by path (a Path, a ``.toml`` or a ``/``)."""
-        path = Path(source)
-        if isinstance(source, str) and not path.suffix and path.name == source:
-            path = _presets() / f"{source}.toml"
-            if not path.is_file():
-                raise RecipeError(f"unknown recipe '{source}': {nearest(source, preset_names())}")
-        try:
-            with path.open("rb") as file:
-                raw = file.read(_MAX_BYTES + 1)
-        except OSError as error:
-            raise RecipeError(f"{path}: the recipe could not be read ({error.strerror or error})") from error
-        if len(raw) > _MAX_BYTES:
-            raise RecipeError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, which no recipe is")
-        try:
-            values = tomllib.loads(raw.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise RecipeError(f"{path}: not valid TOML ({error})") from error
+        values, path = read_toml(source, preset_names())
+        if "steps" in values:
+            raise RecipeError(f"{path}: a recipe of several steps: give it to fewbit.compress")
         try:
             _check_keys("the recipe", values, Recipe)
             return cls(**{"name": path.stem, **values})
@@ -228,11 +215,33 @@ class Recipe:
 
 def preset_names() -> list[str]:
     """Names of the recipes that ship with fewbit."""
-    return sorted(path.stem for path in _presets().glob("*.toml"))
+    return sorted(path.stem for path in presets() if "[[steps]]" not in path.read_text("utf-8"))
 
 
-def _presets() -> Path:
-    return Path(__file__).parent.parent / "recipes"
+def presets() -> list[Path]:
+    """The files of all recipes that ship with fewbit."""
+    return sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+
+
+def read_toml(source: str | Path, known: list[str]) -> tuple[dict[str, Any], Path]:
+    """What a preset, one of ``known``, or a file holds (a Path, a ``.toml`` or a ``/``), and where that lies."""
+    path = Path(source)
+    if isinstance(source, str) and not path.suffix and path.name == source:
+        found = [preset for preset in presets() if preset.stem == source]
+        if not found:
+            raise RecipeError(f"unknown recipe '{source}': {nearest(source, known)}")
+        path = found[0]
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(f"{path}: the recipe could not be read ({error.strerror or error})") from error
+    if len(raw) > _MAX_BYTES:
+        raise RecipeError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, which no recipe is")
+    try:
+        return tomllib.loads(raw.decode("utf-8")), path
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: not valid TOML ({error})") from error
 
 
 def _as_rule(where: str, number: int, rule: object) -> Rule:
