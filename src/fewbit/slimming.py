@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from typing import Any, get_args
@@ -16,11 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 from fewbit.data import Batch, Batches, as_batches
 from fewbit.errors import DataError, ModelError, RecipeError
+from fewbit.evaluation.size import size_by_tensor
+from fewbit.latency_budget import MULTIPLE, LatencyBudget, seconds_of
 from fewbit.model.graph import in_eval_mode, refresh
 from fewbit.model.readers import as_module
 from fewbit.model.simulate import QuantizedModel
 from fewbit.normalise import standard
 from fewbit.progress import shown
+from fewbit.pruned import Kept, Pruning
 from fewbit.pruning.allocation import Bounds, Scope, allocate
 from fewbit.pruning.coupling import Coupling
 from fewbit.pruning.criteria import comparable, needs, scores
@@ -29,40 +31,10 @@ from fewbit.pruning.groups import Group, couple, find_groups, macs_without, para
 from fewbit.pruning.slicing import masked, without
 from fewbit.refit import refit
 from fewbit.registry import nearest
-from fewbit.tables import text_table
 from fewbit.training.model import TrainableModel
 
 _CHECKED = 4  # samples on which the smaller model is compared with the masked one
 _TOLERANCE = 1e-3  # of the largest output; float32 sums in another order differ by less
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A group of channels: how many it had and has, and why all had to stay where they had to."""
-
-    layer: str
-    before: int
-    after: int
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """What pruning did; in ``model.meta["pruning"]``. Multiply-accumulates are of one sample."""
-
-    macs_before: int
-    macs: int
-    parameters_before: int
-    parameters: int
-    groups: tuple[Kept, ...]
-
-    def __str__(self) -> str:
-        head = (
-            f"MACs {self.macs_before:,} -> {self.macs:,} ({self.macs_before / self.macs:.2f} x fewer), "
-            f"parameters {self.parameters_before:,} -> {self.parameters:,}"
-        )
-        rows = [[g.layer, str(g.before), str(g.after), g.reason or ""] for g in self.groups]
-        return f"{head}\n{text_table(['channels of', 'before', 'after', 'all stay because'], rows)}"
 
 
 def prune(
@@ -72,13 +44,14 @@ def prune(
     speedup: float | None = None,
     macs: float | None = None,
     parameters: float | None = None,
+    latency: str | float | None = None,
     criterion: str = "l2",
     data: object = None,
     loss: Loss | None = None,
     repair: bool | None = None,
     scope: Scope = "global",
     least: float = 0.1,
-    multiple: int = 1,
+    multiple: int | None = None,
     ignore: tuple[str, ...] = (),
     steps: int = 1,
     train: Callable[[nn.Module], nn.Module] | None = None,
@@ -90,32 +63,43 @@ def prune(
 
     ``model``: an ``nn.Module``, a ``keras.Model`` or a graph that ``fewbit.load`` gave; left as it is. ``example``: one
     input, or a tuple of them; by default of ``data``. One budget: ``speedup`` (multiply-accumulates fall to one part in
-    so many), ``macs`` (of one sample) or ``parameters``. ``criterion``: how need is measured (see docs/pruning.md);
-    ``data``: inputs, with labels if there are any, for those that have to see some; ``loss(output, target)``: by
-    default cross entropy. ``repair``: fit the weights that are left so that each layer gives what it gave (`refit`);
-    by default where there is ``data``. ``scope``: "global" compares all layers, "uniform" takes the same share of each.
-    ``least``: the share of a group that stays in any case; ``multiple``: of which its size has to be one. ``ignore``:
-    layers that keep their channels. ``steps`` reaches the budget in so many parts, and calls ``train(model)`` after
-    each, which gives the model back; ``lambda m: fewbit.finetune(m, data, epochs=1, teacher=model)`` for instance.
+    so many), ``macs`` (of one sample), ``parameters`` or ``latency`` (seconds, or a text such as "3 ms", of one call on
+    ``example`` with its batch size, one sample without it: ONNX Runtime on one thread, measured; this takes a while).
+    ``criterion``: how need is measured (see docs/pruning.md); ``data``: inputs, with labels if there are any, for those
+    that have to see some; ``loss(output, target)``: by default cross entropy. ``repair``: fit the weights that are left
+    so that each layer gives what it gave (`refit`); by default where there is ``data``. ``scope``: "global" compares
+    all layers, "uniform" takes the same share of each. ``least``: the share of a group that stays in any case;
+    ``multiple``: of which its size has to be one, by default 8 for ``latency`` and else 1. ``ignore``: layers that keep
+    their channels. ``steps`` reaches the budget in so many parts, and calls ``train(model)`` after each, which gives
+    the model back; ``lambda m: fewbit.finetune(m, data, epochs=1, teacher=model)`` for instance.
 
     The result is a graph of ordinary layers under their old names, which trains, quantizes and exports like any other.
     Before it is given, it is compared with the whole model whose pruned channels nothing reads.
     ``result.meta["pruning"]`` says what every group kept and why some had to stay. Raises ``ModelError``, ``DataError``
     or ``RecipeError``.
     """
-    name, value = _budget(speedup=speedup, macs=macs, parameters=parameters)
+    name, value = _budget(speedup=speedup, macs=macs, parameters=parameters, latency=seconds_of(latency))
     gm, examples, batches = _read(model, example, data, criterion, bool(repair), batch_size)
     if scope not in get_args(Scope) or steps < 1:
         raise RecipeError(
             f"scope={scope!r}, steps={steps}: expected {' or '.join(get_args(Scope))}, and a step at least"
         )
-    bounds, generator = Bounds(least, multiple), torch.Generator().manual_seed(seed)
+    bounds, generator = (
+        Bounds(least, multiple or (MULTIPLE if name == "latency" else 1)),
+        torch.Generator().manual_seed(seed),
+    )
     first = couple(gm)
     count = parameters_without if name == "parameters" else macs_without
-    whole, samples = count(first, set()), len(examples[0])
-    budget = {"speedup": whole / value, "macs": value * samples, "parameters": value}[name]
+    whole: float = count(first, set())
+    samples, budget, timed = len(examples[0]), value, None
+    if name == "latency":
+        inputs = tuple(x[:1] for x in examples) if example is None else example
+        timed = LatencyBudget(first, (inputs,) if isinstance(inputs, Tensor) else inputs, bounds, progress)
+        whole = timed.whole
+    elif name != "parameters":
+        budget = whole / value if name == "speedup" else value * samples
     if budget >= whole:
-        raise RecipeError(f"{name}={value:g} asks for no less than the model has")
+        raise RecipeError(f"{name}={value:g} asks for no less than the model has ({whole:.4g})")
     _known(ignore, gm)
     if all(g.reason for g in find_groups(first)):
         raise RecipeError("the model has no channels that could leave: " + _reasons(first))
@@ -125,7 +109,10 @@ def prune(
         evidence = gather(c, groups, needs(criterion), _seen(batches, progress), generator, loss)
         found = {g.labels[0]: scores(criterion, g, evidence, generator) for g in groups}
         part = whole * (budget / whole) ** (step / steps)
-        gone = allocate(groups, found, partial(count, c), part, scope, bounds, comparable(criterion))
+        choose = partial(allocate, cost=partial(count, c)) if timed is None else partial(timed.choose, c)
+        gone = choose(
+            groups, found, budget=part, scope=scope, bounds=bounds, comparable=comparable(criterion)
+        )
         smaller = without(c, gone, examples)
         _check(c, gone, smaller, examples)
         if repair if repair is not None else batches is not None:
@@ -135,6 +122,7 @@ def prune(
     gm.meta["pruning"] = Pruning(
         macs_without(first, set()) // samples, macs_without(last, set()) // samples,
         parameters_without(first, set()), parameters_without(last, set()), _kept(first, last),
+        size_by_tensor(first.gm), size_by_tensor(gm), None if timed is None else timed.report(),
     )  # fmt: skip
     return gm
 

@@ -51,7 +51,7 @@ def allocate(
     cost that leaves with them where scores are ``comparable`` across groups, otherwise by their score divided by the
     mean of their group. Raises RecipeError where even the smallest model costs more.
     """
-    ranks = {g.labels[0]: torch.argsort(scores[g.labels[0]], stable=True).tolist() for g in groups}
+    ranks = _ranks(groups, scores)
     order = _order(groups, scores, {g.labels[0]: _saved(g, cost) if comparable else None for g in groups})
 
     def gone(step: int) -> set[int]:
@@ -61,11 +61,7 @@ def allocate(
         else:
             for key in order[:step]:
                 counts[key] += 1
-        labels: set[int] = set()
-        for group in groups:
-            leave = len(group) - bounds.kept(group, len(group) - counts[group.labels[0]])
-            labels.update(group.labels[unit] for unit in ranks[group.labels[0]][:leave])
-        return labels
+        return _leaving(groups, ranks, counts, bounds)
 
     least = cost(gone(len(order)))
     if least > budget:
@@ -78,6 +74,27 @@ def allocate(
         middle = (low + high) // 2
         low, high = (low, middle) if cost(gone(middle)) <= budget else (middle + 1, high)
     return gone(low)
+
+
+def smallest(groups: Sequence[Group], scores: Mapping[int, Tensor], bounds: Bounds) -> set[int]:
+    """The labels that leave when as many do as may."""
+    return _leaving(groups, _ranks(groups, scores), {g.labels[0]: len(g) for g in groups}, bounds)
+
+
+def _ranks(groups: Sequence[Group], scores: Mapping[int, Tensor]) -> dict[int, list[int]]:
+    """The units of each group, the one that is needed least first."""
+    return {g.labels[0]: torch.argsort(scores[g.labels[0]], stable=True).tolist() for g in groups}
+
+
+def _leaving(
+    groups: Sequence[Group], ranks: Mapping[int, list[int]], counts: Mapping[int, int], bounds: Bounds
+) -> set[int]:
+    """The first so many units of each group, or as many as may leave."""
+    labels: set[int] = set()
+    for group in groups:
+        leave = len(group) - bounds.kept(group, len(group) - counts[group.labels[0]])
+        labels.update(group.labels[unit] for unit in ranks[group.labels[0]][:leave])
+    return labels
 
 
 def _saved(group: Group, cost: Cost) -> float:
