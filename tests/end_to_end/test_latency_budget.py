@@ -15,6 +15,8 @@ from fewbit.errors import ModelError, RecipeError
 from fewbit.evaluation.costs import macs
 from fewbit.evaluation.latency import Latency
 from fewbit.latency_budget import seconds_of
+from fewbit.model.graph import refresh
+from fewbit.normalise import standard
 
 Clock = Callable[..., dict[Any, Latency]]
 
@@ -37,8 +39,11 @@ class Net(nn.Module):
         return out
 
 
-def clock(dear: str = "", unknown: str = "nothing") -> Clock:
-    """1 ns for each multiply-accumulate and 20 us a call; layers called ``dear...`` take 30 times as long."""
+def clock(dear: str = "", unknown: str = "nothing", power: float = 1.0) -> Clock:
+    """1 ns for each multiply-accumulate and 20 us a call; layers called ``dear...`` take 30 times as long.
+
+    ``power``: of which a network of several layers takes the time that its layers take together.
+    """
 
     def timed(graphs: Mapping[Any, Any], rounds: int = 9, **settings: Any) -> dict[Any, Latency]:
         found = {}
@@ -49,7 +54,7 @@ def clock(dear: str = "", unknown: str = "nothing") -> Clock:
             work = sum(
                 each.macs * batch * (30 if dear and each.layer.startswith(dear) else 1) for each in layers
             )
-            time = 0.02 + 1e-6 * work
+            time = (0.02 + 1e-6 * work) ** (power if len(layers) > 1 else 1.0)
             found[name] = Latency(time, time, time, 1, (time,))
         return found
 
@@ -101,6 +106,24 @@ def test_what_a_channel_saves_is_measured_and_not_counted(
         )
         left[dear] = {name: small.get_submodule(name).out_channels for name in ("left", "right")}
     assert left["left"]["left"] < left["right"]["left"] and left["right"]["right"] < left["left"]["right"]
+
+
+@pytest.mark.parametrize("power", [0.4, 2.5])
+def test_the_whole_model_decides_and_not_the_sum_of_its_layers(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, power: float
+) -> None:
+    monkeypatch.setattr(stopwatch, "timed", clock(power=power))
+    x = pictures()[0][:1]
+    budget = 0.6 * stopwatch.timed({"whole": (model_graph(model, x), (x,))})["whole"].median_ms
+    small = fewbit.prune(model, x, latency=budget / 1e3, multiple=1, progress=False)
+    assert 0.9 * budget < small.meta["pruning"].latency.after_ms <= budget
+
+
+def model_graph(model: nn.Module, x: torch.Tensor) -> Any:
+    """As pruning reads it."""
+    gm = standard(model, (x,))
+    refresh(gm, (x,))
+    return gm
 
 
 def test_channels_are_left_in_eights(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
