@@ -10,6 +10,7 @@ _WHERE = {
     "finetune": "fewbit.finetuning",
     "distill": "fewbit.finetuning",
     "prune": "fewbit.slimming",
+    "compare": "fewbit.comparison",
     "Training": "fewbit.training.model",
     "Distillation": "fewbit.training.objective",
     "load": "fewbit.storage",
@@ -31,6 +32,7 @@ _WHERE = {
 
 if TYPE_CHECKING:
     from fewbit.catalogue import formats
+    from fewbit.comparison import compare
     from fewbit.deploy import export, verify
     from fewbit.errors import FewbitError
     from fewbit.evaluation.measure import measure
@@ -57,6 +59,7 @@ __all__ = [
     "Scheme",
     "Training",
     "benchmark",
+    "compare",
     "distill",
     "evaluate",
     "export",
