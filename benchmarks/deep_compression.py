@@ -104,8 +104,8 @@ def main() -> int:
         verdict = f"bar {least} x at {most:.2f} %: {'met' if met else 'MISSED'} ({paper})"
         print(f"{name}: {numbers:,} parameters, float {error(net, *test):.2f} % of {len(test[1]):,} wrong")
         print(
-            f"  {file.name} {file.stat().st_size:,} bytes, {times:.1f} x smaller, {wrong:.2f} % wrong, {minutes:.1f} min, "
-            f"{torch.get_num_threads()} threads; {verdict}",
+            f"  {file.name} {file.stat().st_size:,} bytes, {times:.1f} x smaller, {wrong:.2f} % wrong, "
+            f"{minutes:.1f} min, {torch.get_num_threads()} threads; {verdict}",
             flush=True,
         )
     return 1 if missed else 0

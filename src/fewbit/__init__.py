@@ -12,6 +12,7 @@ _WHERE = {
     "prune": "fewbit.slimming",
     "compress": "fewbit.compression",
     "hold_zeros": "fewbit.model.zeros",
+    "compare": "fewbit.comparison",
     "Training": "fewbit.training.model",
     "Distillation": "fewbit.training.objective",
     "load": "fewbit.storage",
@@ -34,6 +35,7 @@ _WHERE = {
 
 if TYPE_CHECKING:
     from fewbit.catalogue import formats
+    from fewbit.comparison import compare
     from fewbit.compression import compress
     from fewbit.deploy import export, verify
     from fewbit.errors import FewbitError
@@ -63,6 +65,7 @@ __all__ = [
     "Steps",
     "Training",
     "benchmark",
+    "compare",
     "compress",
     "distill",
     "evaluate",

@@ -13,15 +13,22 @@ _TICKS = 5
 
 
 def line_chart(
-    title: str, names: Sequence[str], series: Mapping[str, Sequence[float | None]], *, log: bool = False
+    title: str,
+    names: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    *,
+    log: bool = False,
+    low: float | None = None,
 ) -> str:
     """An SVG picture of the series over the names; a value that is None or not finite leaves a gap.
 
-    ``log``: a logarithmic axis; values of zero and below are gaps there.
+    ``log``: a logarithmic axis; values of zero and below are gaps there. ``low``: where the axis begins, by
+    default at the lowest value.
     """
     placed = {key: [_height(value, log) for value in values] for key, values in series.items()}
     shown = [value for values in placed.values() for value in values if value is not None]
-    low, high = (min(shown), max(shown)) if shown else (0.0, 1.0)
+    high = max(shown, default=1.0)
+    low = min(shown, default=0.0) if low is None else _height(low, log) or 0.0
     if high - low < 1e-12:
         low, high = low - 0.5, high + 0.5
     width = _LEFT + _STEP * max(len(names), 8) + 20

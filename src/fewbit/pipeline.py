@@ -127,13 +127,15 @@ def quantize(
         warnings.warn(sentence, CalibrationWarning, stacklevel=2)
     if not trainable:
         return quantized
-    return make_trainable(
+    made = make_trainable(
         quantized,
         latent,
         None if moves_weights(chosen) else source,
         trainable if isinstance(trainable, Training) else Training(),
         get_target(target).portable_bounds if chosen.portable else None,
     )
+    made.recipe = chosen
+    return made
 
 
 def plan(
@@ -163,6 +165,8 @@ def _recipe(recipe: Recipe | str | Path, overrides: dict[str, Any]) -> Recipe:
 def _to_be_trained(recipe: Recipe) -> Recipe:
     """The recipe without what learns on calibration data: training does that, and better."""
     learns = recipe.rounding == BEST or reconstruction(recipe.rounding) is not None
+    if not learns and not recipe.finetune:
+        return recipe
     return recipe.replace(rounding="nearest" if learns else recipe.rounding, finetune=0)
 
 

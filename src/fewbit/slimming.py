@@ -2,70 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
-from functools import partial
 from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_leaves
 
-from fewbit.data import Batch, Batches, as_batches
+from fewbit import channels, sparsify
+from fewbit.channels import Thinning, thinned
+from fewbit.data import Batches, as_batches
 from fewbit.errors import DataError, ModelError, RecipeError
-from fewbit.model.graph import in_eval_mode, refresh
+from fewbit.latency_budget import seconds_of
+from fewbit.model.graph import refresh
 from fewbit.model.readers import as_module
 from fewbit.model.simulate import QuantizedModel
 from fewbit.normalise import standard
-from fewbit.progress import shown
-from fewbit.pruning.allocation import Bounds, Scope, allocate
-from fewbit.pruning.coupling import Coupling
-from fewbit.pruning.criteria import comparable, needs, scores
-from fewbit.pruning.evidence import Loss, gather
-from fewbit.pruning.groups import Group, couple, find_groups, macs_without, parameters_without
+from fewbit.pipeline import quantize
+from fewbit.pruning.allocation import Scope
+from fewbit.pruning.evidence import Loss
 from fewbit.pruning.patterns import Pattern
-from fewbit.pruning.slicing import masked, without
-from fewbit.refit import refit
 from fewbit.registry import nearest
-from fewbit.sparsify import LEAST, Sparsifying, sparsified
-from fewbit.tables import text_table
+from fewbit.sparsify import Sparsifying, sparsified
 from fewbit.training.model import TrainableModel
 
-LEAST_CHANNELS = 0.1
 _CHECKED = 4  # samples on which the smaller model is compared with the masked one
-_TOLERANCE = 1e-3  # of the largest output; float32 sums in another order differ by less
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A group of channels: how many it had and has, and why all had to stay where they had to."""
-
-    layer: str
-    before: int
-    after: int
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """What pruning did; in ``model.meta["pruning"]``. Multiply-accumulates are of one sample."""
-
-    macs_before: int
-    macs: int
-    parameters_before: int
-    parameters: int
-    groups: tuple[Kept, ...]
-
-    def __str__(self) -> str:
-        head = (
-            f"MACs {self.macs_before:,} -> {self.macs:,} ({self.macs_before / self.macs:.2f} x fewer), "
-            f"parameters {self.parameters_before:,} -> {self.parameters:,}"
-        )
-        rows = [[g.layer, str(g.before), str(g.after), g.reason or ""] for g in self.groups]
-        return f"{head}\n{text_table(['channels of', 'before', 'after', 'all stay because'], rows)}"
 
 
 def prune(
@@ -75,6 +36,7 @@ def prune(
     speedup: float | None = None,
     macs: float | None = None,
     parameters: float | None = None,
+    latency: str | float | None = None,
     sparsity: float | None = None,
     structure: str | None = None,
     block: tuple[int, int] = (4, 4),
@@ -84,7 +46,7 @@ def prune(
     repair: bool | None = None,
     scope: Scope = "global",
     least: float | None = None,
-    multiple: int = 1,
+    multiple: int | None = None,
     ignore: tuple[str, ...] = (),
     steps: int = 1,
     schedule: str = "cubic",
@@ -93,19 +55,20 @@ def prune(
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,
-) -> GraphModule:
+) -> Any:
     """A smaller copy of a model: channels, hidden units and heads that it needs least are gone.
 
     ``model``: an ``nn.Module``, a ``keras.Model`` or a graph that ``fewbit.load`` gave; left as it is. ``example``: one
     input, or a tuple of them; by default of ``data``. One budget: ``speedup`` (multiply-accumulates fall to one part in
-    so many), ``macs`` (of one sample) or ``parameters``. ``criterion``: how need is measured (see docs/pruning.md);
-    ``data``: inputs, with labels if there are any, for those that have to see some; ``loss(output, target)``: by
-    default cross entropy. ``repair``: fit the weights that are left so that each layer gives what it gave (`refit`);
-    by default where there is ``data``. ``scope``: "global" compares all layers, "uniform" takes the same share of each.
-    ``least``: the share of a group that stays in any case, by default a tenth; ``multiple``: of which its size has to
-    be one. ``ignore``: layers that keep their channels. ``steps`` reaches the budget in so many parts, and calls
-    ``train(model)`` after each, which gives the model back; ``lambda m: fewbit.finetune(m, data, epochs=1,
-    teacher=model)`` for instance.
+    so many), ``macs`` (of one sample), ``parameters`` or ``latency`` (seconds, or a text such as "3 ms", of one call on
+    ``example`` with its batch size, one sample without it: ONNX Runtime on one thread, measured; this takes a while).
+    ``criterion``: how need is measured (see docs/pruning.md); ``data``: inputs, with labels if there are any, for those
+    that have to see some; ``loss(output, target)``: by default cross entropy. ``repair``: fit the weights that are left
+    so that each layer gives what it gave (`refit`); by default where there is ``data``. ``scope``: "global" compares
+    all layers, "uniform" takes the same share of each. ``least``: the share of a group that stays in any case, by
+    default a tenth; ``multiple``: of which its size has to be one, by default 8 for ``latency`` and else 1. ``ignore``:
+    layers that keep their channels. ``steps`` reaches the budget in so many parts, and calls ``train(model)`` after
+    each, which gives the model back; ``lambda m: fewbit.finetune(m, data, epochs=1, teacher=model)`` for instance.
 
     Or single weights: ``sparsity``, the share of them that become zero, with ``structure`` "unstructured", "block"
     (``block`` outputs x inputs leave together) or "N:M", which says the share itself. ``criterion`` is then one of
@@ -117,63 +80,89 @@ def prune(
     The result is a graph of ordinary layers under their old names, which trains, quantizes and exports like any other.
     Before it is given, it is compared with the whole model whose pruned channels nothing reads.
     ``result.meta["pruning"]`` says what every group kept and why some had to stay, ``result.meta["sparsity"]`` where
-    zeros are. Raises ``ModelError``, ``DataError``
-    or ``RecipeError``.
+    zeros are. A network that is trained in codes (``quantize(..., trainable=True)``) is pruned in its latent weights
+    and quantized again by its own recipe, on ``data``. Raises ``ModelError``, ``DataError`` or ``RecipeError``.
     """
     if scope not in get_args(Scope) or steps < 1:
         raise RecipeError(
             f"scope={scope!r}, steps={steps}: expected {' or '.join(get_args(Scope))}, and a step at least"
         )
+    budgets = {"speedup": speedup, "macs": macs, "parameters": parameters, "latency": seconds_of(latency)}
     structure = structure or ("channels" if sparsity is None else "unstructured")
-    if structure != "channels":
-        _only(structure, speedup=speedup, macs=macs, parameters=parameters)
+    how: Thinning | Sparsifying
+    if structure == "channels":
+        _for_channels(sparsity, rewind)
+        how = Thinning(
+            _budget(budgets), criterion or "l2", scope, channels.LEAST if least is None else least, multiple, ignore,
+            steps, loss, train,
+        )  # fmt: skip
+    else:
+        _for_weights(structure, budgets)
         pattern = Pattern(structure, block)
         state = rewind.state_dict() if isinstance(rewind, nn.Module) else rewind
         how = Sparsifying(
-            pattern, _share(pattern, sparsity), criterion or "magnitude", scope, LEAST if least is None else least,
-            ignore, steps, schedule, loss, train, state,
+            pattern, _share(pattern, sparsity), criterion or "magnitude", scope,
+            sparsify.LEAST if least is None else least, ignore, steps, schedule, loss, train, state,
         )  # fmt: skip
-        gm, examples, batches = _read(model, example, data, how.criterion, how.sees, bool(repair), batch_size)
-        _known(ignore, gm)
-        repairs = repair if repair is not None else batches is not None and rewind is None
-        return sparsified(gm, examples, batches, how, repairs, seed, progress)
+    trainable = model if isinstance(model, TrainableModel) else None
+    if trainable is not None:
+        _in_one_step(how)
+        example = example if example is not None else trainable.example
+        model = trainable.latent_model()
+    gm, examples, batches = _read(model, example, data, how, bool(repair), batch_size)
+    if repair is None:
+        repair = batches is not None and rewind is None
+    if isinstance(how, Thinning):
+        timed_on = tuple(x[:1] for x in examples) if example is None else example
+        timed_on = (timed_on,) if isinstance(timed_on, Tensor) else timed_on
+        small = thinned(gm, examples, timed_on, batches, how, repair, seed, progress)
+    else:
+        small = sparsified(gm, examples, batches, how, repair, seed, progress)
+    return small if trainable is None else _in_codes(small, trainable, data, batch_size, seed, progress)
+
+
+def _in_codes(
+    small: GraphModule, before: TrainableModel, data: object, batch_size: int, seed: int, progress: bool
+) -> TrainableModel:
+    """Quantized again as the network was that it came from."""
+    assert before.recipe is not None
+    made: TrainableModel = quantize(
+        small, data, recipe=before.recipe, target=before.target, trainable=before.training_with, example=before.example,
+        batch_size=batch_size, seed=seed, progress=progress,
+    )  # fmt: skip
+    return made
+
+
+def _in_one_step(how: Thinning | Sparsifying) -> None:
+    if how.steps > 1 or how.train is not None:
+        raise RecipeError(
+            "a network that is trained in codes is pruned in one step: call prune and finetune in turn, or leave "
+            "steps= and train= to the float model"
+        )
+
+
+def _for_channels(sparsity: float | None, rewind: object) -> None:
     if sparsity is not None or rewind is not None:
         raise RecipeError(
             "sparsity= and rewind= are for single weights: structure='unstructured', '2:4' or 'block'; channels take "
-            "speedup=, macs= or parameters="
+            "speedup=, macs=, parameters= or latency="
         )
-    name, value = _budget(speedup=speedup, macs=macs, parameters=parameters)
-    criterion = criterion or "l2"
-    gm, examples, batches = _read(model, example, data, criterion, needs(criterion), bool(repair), batch_size)
-    bounds = Bounds(LEAST_CHANNELS if least is None else least, multiple)
-    generator = torch.Generator().manual_seed(seed)
-    first = couple(gm)
-    count = parameters_without if name == "parameters" else macs_without
-    whole, samples = count(first, set()), len(examples[0])
-    budget = {"speedup": whole / value, "macs": value * samples, "parameters": value}[name]
-    if budget >= whole:
-        raise RecipeError(f"{name}={value:g} asks for no less than the model has")
-    _known(ignore, gm)
-    if all(g.reason for g in find_groups(first)):
-        raise RecipeError("the model has no channels that could leave: " + _reasons(first))
-    for step in range(1, steps + 1):
-        c = couple(gm)
-        groups = [g for g in find_groups(c) if g.reason is None and not _ignored(g, ignore)]
-        evidence = gather(c, groups, needs(criterion), _seen(batches, progress), generator, loss)
-        found = {g.labels[0]: scores(criterion, g, evidence, generator) for g in groups}
-        part = whole * (budget / whole) ** (step / steps)
-        gone = allocate(groups, found, partial(count, c), part, scope, bounds, comparable(criterion))
-        smaller = without(c, gone, examples)
-        _check(c, gone, smaller, examples)
-        if repair if repair is not None else batches is not None:
-            refit(c, gone, smaller, batches or (), progress)
-        gm = smaller if train is None else standard(train(smaller), examples)
-    last = couple(gm)
-    gm.meta["pruning"] = Pruning(
-        macs_without(first, set()) // samples, macs_without(last, set()) // samples,
-        parameters_without(first, set()), parameters_without(last, set()), _kept(first, last),
-    )  # fmt: skip
-    return gm
+
+
+def _for_weights(structure: str, budgets: Mapping[str, float | None]) -> None:
+    given = [name for name, value in budgets.items() if value is not None]
+    if given:
+        raise RecipeError(
+            f"{', '.join(given)}: zeros among weights save no work by themselves; give sparsity= for structure="
+            f"{structure!r}, or leave the structure out"
+        )
+
+
+def _budget(asked: Mapping[str, float | None]) -> tuple[str, float]:
+    given = {name: value for name, value in asked.items() if value is not None}
+    if len(given) != 1:
+        raise RecipeError(f"expected one of {', '.join(asked)}, got {', '.join(given) or 'none'}")
+    return next(iter(given.items()))
 
 
 def _share(pattern: Pattern, sparsity: float | None) -> float:
@@ -192,38 +181,11 @@ def _share(pattern: Pattern, sparsity: float | None) -> float:
     return 1 - n / m
 
 
-def _only(structure: str, **budgets: float | None) -> None:
-    given = [name for name, value in budgets.items() if value is not None]
-    if given:
-        raise RecipeError(
-            f"{', '.join(given)}: zeros among weights save no work by themselves; give sparsity= for structure="
-            f"{structure!r}, or leave the structure out"
-        )
-
-
-def _budget(**asked: float | None) -> tuple[str, float]:
-    given = {name: value for name, value in asked.items() if value is not None}
-    if len(given) != 1:
-        raise RecipeError(f"expected one of {', '.join(asked)}, got {', '.join(given) or 'none'}")
-    ((name, value),) = given.items()
-    if value <= 0 or (name == "speedup" and value < 1):
-        raise RecipeError(
-            f"{name}={value:g}: expected {'at least 1' if name == 'speedup' else 'a positive number'}"
-        )
-    return name, value
-
-
 def _read(
-    model: Any,
-    example: Any,
-    data: object,
-    criterion: str,
-    sees: frozenset[str],
-    repair: bool,
-    batch_size: int,
+    model: Any, example: Any, data: object, how: Thinning | Sparsifying, repair: bool, batch_size: int
 ) -> tuple[GraphModule, tuple[Tensor, ...], Batches | None]:
     """The model as a graph, inputs to run it on, and the data."""
-    if isinstance(model, QuantizedModel | TrainableModel):
+    if isinstance(model, QuantizedModel):
         raise ModelError(
             "the model is quantized already: prune the float model that it came from, then quantize"
         )
@@ -233,8 +195,8 @@ def _read(
     if data is not None:
         batches = as_batches(data, what="pruning", like=examples, labels=None, batch_size=batch_size)
         examples = examples or batches.peek()[0]
-    elif sees or repair:
-        what = f"criterion {criterion!r}" if sees else "repair"
+    elif how.sees or repair:
+        what = f"criterion {how.criterion!r}" if how.sees else "repair"
         raise DataError(f"{what} has to see data: call prune(model, data=..., ...)")
     examples = examples or getattr(module, "meta", {}).get("example")
     if examples is None:
@@ -244,49 +206,8 @@ def _read(
     examples = tuple(x[:_CHECKED] for x in examples)
     gm = standard(module, examples)
     refresh(gm, examples)
-    return gm, examples, batches
-
-
-def _known(ignore: tuple[str, ...], gm: GraphModule) -> None:
     layers = [name for name, _ in gm.named_modules() if name]
-    for pattern in ignore:
+    for pattern in how.ignore:
         if not any(fnmatch(layer, pattern) for layer in layers):
             raise RecipeError(f"ignore={pattern!r} matches no layer: {nearest(pattern, layers)}")
-
-
-def _ignored(group: Group, ignore: tuple[str, ...]) -> bool:
-    """Whether a layer that makes these channels is to keep them."""
-    return any(fnmatch(maker, pattern) for maker in group.makers for pattern in ignore)
-
-
-def _seen(batches: Batches | None, progress: bool) -> Iterator[Batch]:
-    if batches is not None:
-        yield from shown(batches, batches.length, "measuring channels", progress)
-
-
-def _reasons(c: Coupling) -> str:
-    return "; ".join(f"{g.name}: {g.reason}" for g in find_groups(c) if g.makers)
-
-
-def _check(c: Coupling, gone: set[int], smaller: GraphModule, examples: tuple[Tensor, ...]) -> None:
-    """The smaller model gives what the whole one gives when nothing reads the channels that left."""
-    with torch.no_grad(), in_eval_mode(smaller), in_eval_mode(c.gm):
-        found, expected = tree_leaves(smaller(*examples)), tree_leaves(masked(c, gone, examples))
-    for a, b in zip(found, expected, strict=True):
-        error = float((a - b).abs().max()) if a.shape == b.shape else math.inf
-        if not error <= _TOLERANCE * max(float(b.abs().max()), 1e-6):
-            raise ModelError(
-                f"the pruned model's outputs differ by {error:.3g} from those of the model with these channels masked: "
-                "an operator of it is not known well enough; name the layers around it in ignore= and report it"
-            )
-
-
-def _kept(first: Coupling, last: Coupling) -> tuple[Kept, ...]:
-    after = {_places(group): len(group) for group in find_groups(last)}
-    groups = [g for g in find_groups(first) if g.makers]
-    return tuple(Kept(g.name, len(g), after.get(_places(g), 1), g.reason) for g in groups)
-
-
-def _places(group: Group) -> tuple[object, ...]:
-    """Where a group lies, which pruning does not change."""
-    return tuple((m.slot.names[0], m.dim, m.indices.shape[1]) for m in group.members)
+    return gm, examples, batches

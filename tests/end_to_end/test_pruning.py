@@ -123,7 +123,7 @@ def test_what_cannot_be_done_is_said(trained: nn.Module) -> None:
     images, _ = pictures(64)
     x = images[:2]
     for budget, message in [
-        ({}, "expected one of speedup, macs, parameters, got none"),
+        ({}, "expected one of speedup, macs, parameters, latency, got none"),
         ({"speedup": 2.0, "macs": 5.0}, "got speedup, macs"),
         ({"speedup": 0.5}, "speedup=0.5: expected at least 1"),
         ({"parameters": 10**9}, "no less than the model has"),

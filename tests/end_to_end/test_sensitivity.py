@@ -81,6 +81,19 @@ def test_the_command(tmp_path: Path) -> None:
     rows = json.loads(answer.stdout)["rows"]
     assert [row["format"] for row in rows[:2]] == ["int8", "int2"]
     assert (tmp_path / "harm.svg").read_text().startswith("<svg")
+    np.savez(tmp_path / "test.npz", images=data.test_images[:32], labels=data.test_labels[:32])
+    arguments = [
+        *arguments[:4],
+        "--calibration",
+        str(tmp_path / "test.npz"),
+        "--ratios",
+        "0.25,0.5",
+        "--json",
+    ]
+    answer = CliRunner().invoke(app, arguments)
+    assert answer.exit_code == 0, answer.output
+    assert json.loads(answer.stdout)["metrics"] == ["sqnr", "kl", "loss", "accuracy"]
+    assert [row["format"] for row in json.loads(answer.stdout)["rows"][:2]] == ["25%", "50%"]
 
 
 def net() -> nn.Module:

@@ -133,6 +133,28 @@ def test_zeros_stay_through_all_that_follows(trained: nn.Module, tmp_path: Path)
     assert fewbit.export(low, tmp_path / "low.onnx").verification.exact
 
 
+@pytest.mark.parametrize("budget", [{"sparsity": 0.6}, {"speedup": 1.5}])
+def test_a_network_that_is_trained_in_codes(trained: nn.Module, budget: dict[str, Any]) -> None:
+    """Pruned in its latent weights, and back in codes by its own recipe."""
+    images, _ = pictures()
+    aware = fewbit.quantize(trained, images, weights="int4", trainable=fewbit.Training(weights="ste"))
+    small = fewbit.prune(aware, data=pictures(), **budget)
+    assert (
+        type(small) is type(aware)
+        and small.recipe == aware.recipe
+        and small.training_with == aware.training_with
+    )
+    done = fewbit.finetune(small, pictures(), epochs=1, teacher=trained)
+    assert {row.scheme.format for row in done.plan.weights() if row.scheme} == {"int4"}
+    if "sparsity" in budget:
+        for name, mask in zeros(small.latent_model()).items():
+            assert bool(mask.any()) and not bool(done.qtensors[name].dequantize()[mask].any())
+    else:
+        assert done.graph.get_submodule("one").out_channels < 24
+    with pytest.raises(RecipeError, match="in one step"):
+        fewbit.prune(aware, data=pictures(), steps=2, **budget)
+
+
 def test_a_loop_of_ones_own_holds_zeros(trained: nn.Module) -> None:
     small = fewbit.prune(trained, data=pictures(), sparsity=0.7).train()
     masks, before = zeros(small), small.get_parameter("one.weight").detach().clone()

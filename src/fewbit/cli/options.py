@@ -99,6 +99,14 @@ def names_of(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def numbers_of(text: str) -> list[float]:
+    """The numbers in a text with commas between."""
+    try:
+        return [float(each) for each in names_of(text)]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: expected numbers with commas, such as 0.25,0.5") from None
+
+
 def overrides(settings: list[str]) -> dict[str, Any]:
     """`key=value` pairs; values are TOML where they can be (true, 32), else text."""
     import tomllib

@@ -4,11 +4,13 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fewbit.errors import FewbitError
+
+Name = TypeVar("Name", bound=Hashable)
 
 _SLOT = 0.02  # seconds: calls are repeated within a round until a slot is at least this long
 _MAX_CALLS = 200
@@ -50,7 +52,7 @@ class Ratio:
 
 
 def latency(
-    candidates: Mapping[str, Callable[[], object]],
+    candidates: Mapping[Name, Callable[[], object]],
     *,
     repeat: int = 30,
     warmup: int = 3,
@@ -59,7 +61,8 @@ def latency(
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
-) -> dict[str, Latency]:
+    progress: Callable[[Iterable[int], int], Iterable[int]] | None = None,
+) -> dict[Name, Latency]:
     """Time functions of no arguments against each other.
 
     Each of `repeat` rounds visits all candidates in a new random order. Before each visit comes a pause of
@@ -69,7 +72,8 @@ def latency(
     those over the rounds.
 
     seconds: stop after the round in which this time is over, but not before 3 rounds (warm-up is not
-    counted). warmup: calls of each candidate before the first round.
+    counted). warmup: calls of each candidate before the first round. progress: wraps the rounds to show
+    progress, called with them and their number.
 
     Raises FewbitError where there is nothing to time or a count makes no sense; what a candidate raises
     goes through.
@@ -83,9 +87,9 @@ def latency(
     calls = {name: _calls_per_round(run, warmup, clock) for name, run in candidates.items()}
     order = list(candidates)
     shuffle = random.Random(seed).shuffle
-    rounds: dict[str, list[float]] = {name: [] for name in candidates}
+    rounds: dict[Name, list[float]] = {name: [] for name in candidates}
     start = clock()
-    for done in range(repeat):
+    for done in progress(range(repeat), repeat) if progress else range(repeat):
         if seconds is not None and done >= 3 and clock() - start >= seconds:
             break
         shuffle(order)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fewbit.errors import RecipeError
 from fewbit.pruning.groups import Group
 
+_NOTHING = 1e-9  # of the whole cost
 Scope = Literal["global", "uniform"]
 Cost = Callable[[set[int]], float]  # of the model without these labels
 
@@ -51,7 +52,7 @@ def allocate(
     cost that leaves with them where scores are ``comparable`` across groups, otherwise by their score divided by the
     mean of their group. Raises RecipeError where even the smallest model costs more.
     """
-    ranks = {g.labels[0]: torch.argsort(scores[g.labels[0]], stable=True).tolist() for g in groups}
+    ranks = _ranks(groups, scores)
     order = _order(groups, scores, {g.labels[0]: _saved(g, cost) if comparable else None for g in groups})
 
     def gone(step: int) -> set[int]:
@@ -61,11 +62,7 @@ def allocate(
         else:
             for key in order[:step]:
                 counts[key] += 1
-        labels: set[int] = set()
-        for group in groups:
-            leave = len(group) - bounds.kept(group, len(group) - counts[group.labels[0]])
-            labels.update(group.labels[unit] for unit in ranks[group.labels[0]][:leave])
-        return labels
+        return _leaving(groups, ranks, counts, bounds)
 
     least = cost(gone(len(order)))
     if least > budget:
@@ -80,9 +77,31 @@ def allocate(
     return gone(low)
 
 
+def smallest(groups: Sequence[Group], scores: Mapping[int, Tensor], bounds: Bounds) -> set[int]:
+    """The labels that leave when as many do as may."""
+    return _leaving(groups, _ranks(groups, scores), {g.labels[0]: len(g) for g in groups}, bounds)
+
+
+def _ranks(groups: Sequence[Group], scores: Mapping[int, Tensor]) -> dict[int, list[int]]:
+    """The units of each group, the one that is needed least first."""
+    return {g.labels[0]: torch.argsort(scores[g.labels[0]], stable=True).tolist() for g in groups}
+
+
+def _leaving(
+    groups: Sequence[Group], ranks: Mapping[int, list[int]], counts: Mapping[int, int], bounds: Bounds
+) -> set[int]:
+    """The first so many units of each group, or as many as may leave."""
+    labels: set[int] = set()
+    for group in groups:
+        leave = len(group) - bounds.kept(group, len(group) - counts[group.labels[0]])
+        labels.update(group.labels[unit] for unit in ranks[group.labels[0]][:leave])
+    return labels
+
+
 def _saved(group: Group, cost: Cost) -> float:
     """What the cost falls by when one of these units leaves."""
-    return max(cost(set()) - cost({group.labels[0]}), 1.0)
+    whole = cost(set())
+    return max(whole - cost({group.labels[0]}), _NOTHING * whole)
 
 
 def _order(

@@ -98,16 +98,21 @@ def count_kept(c: Coupling, axis: Axis, gone: set[int]) -> int:
     return sum(c.labels.find(label) not in gone for label in axis or ())
 
 
-def macs_without(c: Coupling, gone: set[int]) -> int:
-    """Multiply-accumulates on the example when these labels leave."""
-    total = 0
+def work_without(c: Coupling, gone: set[int]) -> dict[fx.Node, int]:
+    """Multiply-accumulates of each node on the example when these labels leave."""
+    found: dict[fx.Node, int] = {}
     for work in c.work:
         macs = work.macs
         for axis in work.axes:
             if axis is not None:
                 macs = macs // len(axis) * count_kept(c, axis, gone)
-        total += macs
-    return total
+        found[work.node] = found.get(work.node, 0) + macs
+    return found
+
+
+def macs_without(c: Coupling, gone: set[int]) -> int:
+    """Multiply-accumulates on the example when these labels leave."""
+    return sum(work_without(c, gone).values())
 
 
 def parameters_without(c: Coupling, gone: set[int]) -> int:

@@ -1,8 +1,8 @@
-"""What was measured of each layer in each format: a table, JSON and a chart."""
+"""What was measured of each layer in each format, or without a share of its channels: a table, JSON and a chart."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,33 @@ from fewbit.registry import nearest
 from fewbit.tables import text_table
 
 METRICS = {
-    "sqnr": "signal-to-quantization-noise ratio of the network's output, dB; higher is better",
+    "sqnr": "signal-to-noise ratio of the network's output, dB; higher is better",
     "kl": "divergence of the network's predictions from the float ones, nats a prediction",
     "hessian": "mean trace of the loss's Hessian times the squared error of the weights",
     "fisher": "squared errors of the weights, each times its Fisher information",
+    "loss": "rise of the loss on the labels",
+    "accuracy": "fall of the accuracy on the labels, of 1",
 }
+FORMAT_METRICS = ("sqnr", "kl", "hessian", "fisher")
+PRUNING_METRICS = ("sqnr", "kl", "loss", "accuracy")
+_LINEAR = ("sqnr", "loss", "accuracy")  # the others are drawn on a logarithmic axis
+
+
+def check_metrics(metrics: Sequence[str], known: Sequence[str]) -> None:
+    """Raises RecipeError for metrics that are none of these."""
+    if isinstance(metrics, str) or not metrics:
+        raise RecipeError(f"metrics is {metrics!r}, expected some of {', '.join(known)}")
+    for name in metrics:
+        if name not in known:
+            raise RecipeError(f"unknown metric {name!r}: {nearest(str(name), list(known))}")
 
 
 @dataclass(frozen=True)
 class LayerHarm:
-    """One layer's weights in one format: how many they are, their relative squared error, and the metrics by name."""
+    """One layer's weights in one format: how many they are, their relative squared error, and the metrics by name.
+
+    Of pruned channels the format is the share that leaves, such as "25%", and the weights are those that leave.
+    """
 
     layer: str
     format: str
@@ -79,7 +96,7 @@ class Sensitivity:
         found = {(row.layer, row.format): row.metrics[chosen] for row in self.rows}
         series = {name: [found.get((layer, name)) for layer in layers] for name in formats}
         title = f"{chosen}: {METRICS[chosen]}"
-        return save_chart(line_chart(title, layers, series, log=chosen != "sqnr"), path)
+        return save_chart(line_chart(title, layers, series, log=chosen not in _LINEAR), path)
 
     def __str__(self) -> str:
         header = ["layer", "format", "error", *self.metrics, "weights"]

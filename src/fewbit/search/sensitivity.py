@@ -1,4 +1,4 @@
-"""How much each layer's weights mind few bits, one layer quantized at a time.
+"""How much each layer's weights mind few bits, or few channels: one layer changed at a time.
 
 The trace of the Hessian as in Dong et al., "HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks"
 (arXiv 1911.03852), here of the loss whose labels are the float model's own predictions.
@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
-from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from fewbit.data import as_batches
-from fewbit.errors import CalibrationError, DataError, ModelError, PlanError, RecipeError
+from fewbit.errors import CalibrationError, ModelError, PlanError, RecipeError
 from fewbit.evaluation.agreement import SignalToNoise
 from fewbit.model.readers import as_module
 from fewbit.model.readers.torch import read
@@ -30,9 +28,11 @@ from fewbit.observers import make_observer, weight_statistics
 from fewbit.passes import run
 from fewbit.plan import Recipe, Row, resolve
 from fewbit.progress import shown
-from fewbit.registry import nearest
+from fewbit.pruning.evidence import Loss
 from fewbit.rounding import required_statistics, round_weight
-from fewbit.search.harm import METRICS, LayerHarm, Sensitivity
+from fewbit.search.answers import divergence, log_probabilities, outputs
+from fewbit.search.channels import harm_of_pruning
+from fewbit.search.harm import FORMAT_METRICS, LayerHarm, Sensitivity, check_metrics
 from fewbit.training.model import TrainableModel
 
 _DERIVATIVES = {"hessian", "fisher"}
@@ -43,13 +43,16 @@ def sensitivity(
     calibration: object,
     candidates: Sequence[str] = ("int8", "int4", "int2"),
     *,
-    metrics: Sequence[str] = ("sqnr", "kl", "hessian", "fisher"),
+    metrics: Sequence[str] | None = None,
+    ratios: Sequence[float] = (),
+    criterion: str = "l2",
+    loss: Loss | None = None,
     probes: int = 2,
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,
 ) -> Sensitivity:
-    """How much harm each layer's weights do in each format, all else float; no labels needed.
+    """How much harm each layer's weights do in each format, or without a share of its channels; no labels needed.
 
     ``model``: what ``fewbit.quantize`` takes. ``calibration``: inputs, as there; 128 are usually enough, read once.
     ``candidates``: formats of weights, per output channel, rounded to nearest with the ranges of least squared error.
@@ -59,20 +62,31 @@ def sensitivity(
     expectation: it equals the Fisher information, and both are estimated with ``probes`` random vectors a batch
     (Hutchinson), summed over the batch's samples and averaged over all samples.
 
+    With ``ratios``, such as ``(0.25, 0.5, 0.75)``, channels are pruned instead, those that ``criterion`` finds least
+    needed: one group of channels that leave together at a time, nothing fitted again. The ``format`` of a row is then
+    "25%" and so on, its ``weights`` are those that leave, its ``error`` their share of the squares of all. ``metrics``:
+    "sqnr", "kl", and where the data have labels "loss" (its rise; ``loss(output, target)``, by default cross entropy)
+    and "accuracy" (its fall, of 1). The data stay in memory.
+
     Memory: one batch's activations, and one copy of the weights for each candidate; with derivatives those of a
     training step. The same seed gives the same numbers.
 
     Raises ``FormatError``, ``RecipeError``, ``ModelError``, ``DataError`` or ``CalibrationError``.
     """
-    chosen = _check(candidates, metrics, probes)
     if isinstance(model, QuantizedModel | TrainableModel):
         raise ModelError("the model is quantized already; measure the float model it came from")
     module = as_module(model)
     example = getattr(module, "meta", {}).get("example")
-    batches = as_batches(calibration, what="calibration", like=example, labels=False, batch_size=batch_size)
+    labels = None if ratios else False
+    batches = as_batches(calibration, what="calibration", like=example, labels=labels, batch_size=batch_size)
+    if ratios:
+        gm = _read(module, tuple(x[:4] for x in batches.peek()[0]))
+        return harm_of_pruning(gm, batches, ratios, metrics, criterion, loss, seed, progress)
+    metrics = FORMAT_METRICS if metrics is None else metrics
+    _check(candidates, metrics, probes)
     gm = _folded(module, tuple(x[:4] for x in batches.peek()[0]))
     layers = _candidates(gm, candidates)
-    meter = _Meter(gm, layers, chosen, probes, seed)
+    meter = _Meter(gm, layers, frozenset(metrics), probes, seed)
     for index, (inputs, _) in enumerate(shown(batches, batches.length, "measuring layers", progress)):
         meter.update(inputs, index)
     return meter.result(tuple(metrics))
@@ -95,27 +109,26 @@ class _Layer:
         return (self.rounded[candidate] - self.weight).detach().double()
 
 
-def _check(candidates: Sequence[str], metrics: Sequence[str], probes: int) -> frozenset[str]:
+def _check(candidates: Sequence[str], metrics: Sequence[str], probes: int) -> None:
     if isinstance(candidates, str) or not candidates:
         raise RecipeError(f'candidates is {candidates!r}, expected names of formats such as ("int8", "int4")')
-    if isinstance(metrics, str) or not metrics:
-        raise RecipeError(f"metrics is {metrics!r}, expected some of {', '.join(METRICS)}")
     for name in candidates:
         get_format(name)
-    for name in metrics:
-        if name not in METRICS:
-            raise RecipeError(f"unknown metric {name!r}: {nearest(str(name), list(METRICS))}")
+    check_metrics(metrics, FORMAT_METRICS)
     if probes < 1:
         raise RecipeError(f"probes is {probes}, expected at least 1")
-    return frozenset(metrics)
 
 
 def _folded(module: nn.Module, few: tuple[Tensor, ...]) -> GraphModule:
     """The model as a graph of our own in eval mode, batch norm folded: what quantization rounds."""
-    gm = copy.deepcopy(module) if isinstance(module, GraphModule) else read(module, few)
-    gm.eval()
+    gm = _read(module, few)
     run("fold_batch_norm", gm, few)
     return gm
+
+
+def _read(module: nn.Module, few: tuple[Tensor, ...]) -> GraphModule:
+    gm = copy.deepcopy(module) if isinstance(module, GraphModule) else read(module, few)
+    return gm.eval()
 
 
 def _candidates(gm: GraphModule, candidates: Sequence[str]) -> list[_Layer]:
@@ -178,8 +191,8 @@ class _Meter:
     def _compare(self, inputs: tuple[Tensor, ...]) -> None:
         """Each layer's rounded weights in turn; what comes before the layer is computed once."""
         walk = _Walk(self.gm, inputs)
-        expected = _outputs(walk.finish())
-        before = _log_probabilities(expected[0].double()) if "kl" in self.metrics else None
+        expected = outputs(walk.finish())
+        before = log_probabilities(expected[0].double()) if "kl" in self.metrics else None
         self.predictions += before.numel() // before.shape[-1] if before is not None else 0
         for layer in self.layers:
             walk.advance(layer.node)
@@ -187,14 +200,14 @@ class _Meter:
                 kept = layer.weight.data
                 try:
                     layer.weight.data = rounded
-                    found = _outputs(walk.finish())
+                    found = outputs(walk.finish())
                 finally:
                     layer.weight.data = kept
                 for left, right in zip(expected, found, strict=True):
                     self.noise[layer.site, name].update(left, right)
                 if before is not None:
-                    after = _log_probabilities(found[0].double())
-                    self.divergence[layer.site, name] += float((before.exp() * (before - after)).sum())
+                    after = log_probabilities(found[0].double())
+                    self.divergence[layer.site, name] += divergence(before, after)
 
     def _differentiate(self, inputs: tuple[Tensor, ...], generator: torch.Generator) -> None:
         """Hutchinson in the space of outputs: E (J^T sqrt(p) z)^2 is the diagonal of J^T diag(p) J, z random signs.
@@ -206,7 +219,7 @@ class _Meter:
         for layer in self.layers:
             layer.weight.requires_grad_(True)
         with torch.enable_grad():
-            log_p = _log_probabilities(_outputs(self.gm(*inputs))[0], "hessian and fisher")
+            log_p = log_probabilities(outputs(self.gm(*inputs))[0], "hessian and fisher")
         p = log_p.detach().exp()
         weights = [layer.weight for layer in self.layers]
         for probe in range(self.probes):
@@ -283,25 +296,3 @@ class _Walk(Interpreter):
         self.env[node] = self.run_node(node)
         for dead in self.user_to_last_uses.get(node, []):
             self.env.pop(dead, None)
-
-
-def _outputs(answer: Any) -> list[Tensor]:
-    found = [x for x in tree_leaves(answer) if isinstance(x, Tensor) and x.is_floating_point()]
-    if not found:
-        raise ModelError("the model gives no floating tensor: there is no output to compare")
-    return found
-
-
-def _log_probabilities(output: Tensor, metric: str = "kl") -> Tensor:
-    """Of the model's first output, classes last: logits, or probabilities that sum to one."""
-    axis = -1 if output.dim() in (1, 2, 3) else 1
-    output = output.movedim(axis, -1)
-    if output.shape[-1] < 2:
-        raise DataError(
-            f"{metric} compares predictions, and the model's output of shape {tuple(output.shape)} has no classes: "
-            'measure metrics=("sqnr",)'
-        )
-    values = output.detach()
-    if bool((values >= 0).all()) and bool((values.sum(-1) - 1).abs().max() < 1e-3):
-        output = output.clamp_min(1e-12).log()
-    return F.log_softmax(output, -1)

@@ -62,7 +62,9 @@ def make_trainable(
     builder.attach_sums()
     builder.check_used()
     network.train()
-    return TrainableModel(network, model, builder.shared_source())
+    made = TrainableModel(network, model, builder.shared_source())
+    made.training_with = training
+    return made
 
 
 class _Builder:

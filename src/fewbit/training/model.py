@@ -15,7 +15,7 @@ from fewbit.model.graph import copy_graph
 from fewbit.model.simulate import DynamicFakeQuantize, QuantizedModel
 from fewbit.model.ties import separate_ties
 from fewbit.numerics.qtensor import QTensor
-from fewbit.plan import Plan
+from fewbit.plan import Plan, Recipe
 from fewbit.training.estimators import ActivationEstimator, WeightEstimator
 from fewbit.training.layers import DynamicStep, TrainableLayer, TrainableStep
 
@@ -48,6 +48,7 @@ class TrainableModel(nn.Module):
     Attributes:
         network: the graph; ``TrainableLayer`` and ``TrainableStep`` in the places of layers and quantize steps.
         plan, integer, example, target, facts: as of ``QuantizedModel``.
+        recipe, training_with: what it was made by.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class TrainableModel(nn.Module):
         self.example = model.example
         self.target = model.target
         self.facts: dict[str, Any] = model.facts
+        self.recipe: Recipe | None = None  # what it was quantized by, where it was from a float model
+        self.training_with = DEFAULT
         self._source = [source]  # in a list, since its layers are children of the network already
 
     def forward(self, *inputs: Any) -> Any:

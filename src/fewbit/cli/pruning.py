@@ -1,0 +1,102 @@
+"""The command that prunes."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewbit.cli.options import (
+    JSON,
+    MODEL,
+    SHAPE,
+    VERIFY,
+    WEIGHTS,
+    example_of,
+    is_artifact,
+    model_of,
+    names_of,
+    show,
+)
+
+
+def prune(
+    model: MODEL,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A runtime's file, or a folder to save to and go on from.")
+    ],
+    speedup: Annotated[float | None, typer.Option(help="How many times fewer multiply-accumulates.")] = None,
+    macs: Annotated[float | None, typer.Option(help="Multiply-accumulates of one sample.")] = None,
+    parameters: Annotated[float | None, typer.Option(help="Parameters that are left.")] = None,
+    latency: Annotated[
+        str | None, typer.Option(help='Such as "3 ms": measured in ONNX Runtime on one thread, at --shape.')
+    ] = None,
+    criterion: Annotated[str, typer.Option(help="Which channels are needed least.")] = "l2",
+    data: Annotated[
+        Path | None, typer.Option(help=".npy or .npz with inputs and labels, to see and to fit on.")
+    ] = None,
+    scope: Annotated[
+        str, typer.Option(help="global compares layers, uniform takes the same of each.")
+    ] = "global",
+    steps: Annotated[int, typer.Option(min=1, help="Reach the budget in so many parts.")] = 1,
+    least: Annotated[float, typer.Option(help="Share of a layer's channels that stays in any case.")] = 0.1,
+    multiple: Annotated[
+        int | None,
+        typer.Option(help="Channels stay in multiples of it; by default 8 with --latency, else 1."),
+    ] = None,
+    ignore: Annotated[
+        str, typer.Option(help="Layers that stay, with commas between, such as stem,head.*")
+    ] = "",
+    repair: Annotated[
+        bool | None, typer.Option(help="Fit the weights that are left; by default with --data.")
+    ] = None,
+    test: Annotated[
+        Path | None, typer.Option(help=".npz with inputs and labels: accuracy and latency before and after.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="An .svg file to draw the channels of each layer in.")
+    ] = None,
+    seed: int = 0,
+    weights: WEIGHTS = None,
+    shape: SHAPE = "",
+    verify: VERIFY = True,
+    as_json: JSON = False,
+) -> None:
+    """Prune channels, hidden units and heads to one budget, and write the smaller float model.
+
+    Examples: `fewbit prune net.keras --speedup 2 --data train.npz --criterion taylor -o small/`,
+    `fewbit prune net:build --shape 1,3,224,224 --latency "3 ms" -o small.onnx`
+    """
+    from fewbit.data import as_batches
+    from fewbit.deploy import export
+    from fewbit.slimming import prune as run
+    from fewbit.storage import save
+
+    whole = model_of(model, weights)
+    example = example_of(shape)
+    budget: dict[str, Any] = {"speedup": speedup, "macs": macs, "parameters": parameters, "latency": latency}
+    settings: dict[str, Any] = {"scope": scope, "least": least, "multiple": multiple, "repair": repair}
+    small = run(
+        whole, example, criterion=criterion, data=None if data is None else str(data), steps=steps,
+        ignore=tuple(names_of(ignore)), seed=seed, **budget, **settings,
+    )  # fmt: skip
+    report = small.meta["pruning"]
+    answer: dict[str, Any] = {"path": str(output), "pruning": report.to_json()}
+    lines = [str(report)]
+    if plot is not None:
+        report.plot(plot)
+    if test is not None:
+        from fewbit.comparison import compare
+
+        compared = compare(whole, small, example, test=str(test))
+        answer["comparison"] = compared.to_json()
+        lines.append(str(compared))
+    if is_artifact(str(output)):
+        if example is None and data is not None:
+            example = as_batches(str(data), what="pruning").peek()[0]
+        artifact = export(small, output, example=example, verify=verify)
+        answer["artifact"] = artifact.to_json()
+        lines.append(str(artifact))
+    else:
+        save(small, output)
+        lines.append(f"{output}: saved")
+    show(answer, "\n".join(lines), as_json)
