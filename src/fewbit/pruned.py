@@ -85,3 +85,51 @@ class Pruning:
         lines += [] if self.latency is None else [str(self.latency)]
         rows = [[g.layer, str(g.before), str(g.after), g.reason or ""] for g in self.groups]
         return "\n".join([*lines, text_table(["channels of", "before", "after", "all stay because"], rows)])
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """A weight: how many numbers it has and how many are not zero, and why it was left dense where it was."""
+
+    weight: str
+    numbers: int
+    nonzero: int
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """What pruning of single weights did; in ``model.meta["sparsity"]``."""
+
+    structure: str
+    weights: tuple[Zeros, ...]
+
+    @property
+    def share(self) -> float:
+        """Of zeros, among the numbers of all weights that were not left dense."""
+        pruned = [each for each in self.weights if each.reason is None]
+        return 1 - sum(each.nonzero for each in pruned) / max(sum(each.numbers for each in pruned), 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        weights = [asdict(each) for each in self.weights]
+        return {"structure": self.structure, "share": self.share, "weights": weights}
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the share of each weight that is not zero, as ``.svg``."""
+        shares = [each.nonzero / each.numbers for each in self.weights]
+        names = [each.weight for each in self.weights]
+        return save_chart(
+            line_chart("share of each weight that is not zero", names, {"after": shares}, low=0.0), path
+        )
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.structure}: {self.share:.2%} of the weights are zero. The file can be smaller for it (save to "
+            "*.fewbit); it is faster only in a runtime with kernels for such zeros"
+        )
+        rows = [
+            [each.weight, f"{each.numbers:,}", f"{each.nonzero:,}", each.reason or ""]
+            for each in self.weights
+        ]
+        return f"{head}\n{text_table(['weight', 'numbers', 'not zero', 'dense because'], rows)}"

@@ -17,54 +17,19 @@ from fewbit.model.graph import copy_graph
 from fewbit.model.zeros import SPARSE, sparse_names
 from fewbit.normalise import standard
 from fewbit.progress import shown
+from fewbit.pruned import Sparsity, Zeros
 from fewbit.pruning.allocation import Scope
 from fewbit.pruning.evidence import Loss
 from fewbit.pruning.groups import couple
 from fewbit.pruning.patterns import Pattern, reached, thresholded
 from fewbit.pruning.saliency import Weight, needs, per_output, saliency
 from fewbit.refit import refit
-from fewbit.tables import text_table
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _MULTIPLY = (*SEEN_LAYERS, *_TRANSPOSED, nn.RNNBase, nn.MultiheadAttention)
 LEAST = 0.01
 
 Train = Callable[[nn.Module], nn.Module]
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """A weight: how many numbers it has and how many are not zero, and why it was left dense where it was."""
-
-    weight: str
-    numbers: int
-    nonzero: int
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """What pruning of single weights did; in ``model.meta["sparsity"]``."""
-
-    structure: str
-    weights: tuple[Zeros, ...]
-
-    @property
-    def share(self) -> float:
-        """Of zeros, among the numbers of all weights that were not left dense."""
-        pruned = [each for each in self.weights if each.reason is None]
-        return 1 - sum(each.nonzero for each in pruned) / max(sum(each.numbers for each in pruned), 1)
-
-    def __str__(self) -> str:
-        head = (
-            f"{self.structure}: {self.share:.2%} of the weights are zero. The file can be smaller for it (save to "
-            "*.fewbit); it is faster only in a runtime with kernels for such zeros"
-        )
-        rows = [
-            [each.weight, f"{each.numbers:,}", f"{each.nonzero:,}", each.reason or ""]
-            for each in self.weights
-        ]
-        return f"{head}\n{text_table(['weight', 'numbers', 'not zero', 'dense because'], rows)}"
 
 
 @dataclass(frozen=True)
@@ -313,6 +278,3 @@ def _report(gm: GraphModule, how: Sparsifying) -> Sparsity:
 def _shown(batches: Batches | None, progress: bool) -> Iterator[Batch]:
     if batches is not None:
         yield from shown(batches, batches.length, "measuring weights", progress)
-
-
-__all__ = ["LEAST", "Sparsifying", "Sparsity", "Zeros", "sparsified"]

@@ -8,7 +8,7 @@ from fewbit.cli.files import benchmark, evaluate, export, measure, verify
 from fewbit.cli.models import demo, formats, inspect, quantize
 from fewbit.cli.pruning import prune
 from fewbit.cli.search import sensitivity
-from fewbit.cli.training import finetune
+from fewbit.cli.training import compress, finetune
 from fewbit.errors import FewbitError
 
 app = typer.Typer(
@@ -17,7 +17,7 @@ app = typer.Typer(
     help="Makes trained networks small and fast, and proves that what was evaluated is what runs.",
 )
 COMMANDS = (
-    demo, inspect, sensitivity, prune, quantize, finetune, export, verify, evaluate, benchmark, measure,
+    demo, inspect, sensitivity, prune, quantize, finetune, compress, export, verify, evaluate, benchmark, measure,
     formats,
 )  # fmt: skip
 for command in COMMANDS:

@@ -30,7 +30,15 @@ def prune(
     latency: Annotated[
         str | None, typer.Option(help='Such as "3 ms": measured in ONNX Runtime on one thread, at --shape.')
     ] = None,
-    criterion: Annotated[str, typer.Option(help="Which channels are needed least.")] = "l2",
+    sparsity: Annotated[
+        float | None, typer.Option(help="The share of single weights that become zero.")
+    ] = None,
+    structure: Annotated[
+        str | None, typer.Option(help="channels; unstructured, block or N:M such as 2:4 for single weights.")
+    ] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="What is needed least; by default l2, or magnitude for weights.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help=".npy or .npz with inputs and labels, to see and to fit on.")
     ] = None,
@@ -38,7 +46,9 @@ def prune(
         str, typer.Option(help="global compares layers, uniform takes the same of each.")
     ] = "global",
     steps: Annotated[int, typer.Option(min=1, help="Reach the budget in so many parts.")] = 1,
-    least: Annotated[float, typer.Option(help="Share of a layer's channels that stays in any case.")] = 0.1,
+    least: Annotated[
+        float | None, typer.Option(help="Share of a layer that stays in any case; 0.1, of weights 0.01.")
+    ] = None,
     multiple: Annotated[
         int | None,
         typer.Option(help="Channels stay in multiples of it; by default 8 with --latency, else 1."),
@@ -52,19 +62,18 @@ def prune(
     test: Annotated[
         Path | None, typer.Option(help=".npz with inputs and labels: accuracy and latency before and after.")
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="An .svg file to draw the channels of each layer in.")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="An .svg file to draw what each layer keeps in.")] = None,
     seed: int = 0,
     weights: WEIGHTS = None,
     shape: SHAPE = "",
     verify: VERIFY = True,
     as_json: JSON = False,
 ) -> None:
-    """Prune channels, hidden units and heads to one budget, and write the smaller float model.
+    """Prune channels, hidden units and heads to one budget, or set weights to zero, and write the float model.
 
     Examples: `fewbit prune net.keras --speedup 2 --data train.npz --criterion taylor -o small/`,
-    `fewbit prune net:build --shape 1,3,224,224 --latency "3 ms" -o small.onnx`
+    `fewbit prune net:build --shape 1,3,224,224 --latency "3 ms" -o small.onnx`,
+    `fewbit prune net.keras --sparsity 0.8 --data train.npz -o sparse/`
     """
     from fewbit.data import as_batches
     from fewbit.deploy import export
@@ -73,14 +82,16 @@ def prune(
 
     whole = model_of(model, weights)
     example = example_of(shape)
-    budget: dict[str, Any] = {"speedup": speedup, "macs": macs, "parameters": parameters, "latency": latency}
+    budget: dict[str, Any] = {"speedup": speedup, "macs": macs, "parameters": parameters, "latency": latency,
+                              "sparsity": sparsity, "structure": structure}  # fmt: skip
     settings: dict[str, Any] = {"scope": scope, "least": least, "multiple": multiple, "repair": repair}
     small = run(
         whole, example, criterion=criterion, data=None if data is None else str(data), steps=steps,
         ignore=tuple(names_of(ignore)), seed=seed, **budget, **settings,
     )  # fmt: skip
-    report = small.meta["pruning"]
-    answer: dict[str, Any] = {"path": str(output), "pruning": report.to_json()}
+    found = "pruning" if "sparsity" not in small.meta else "sparsity"
+    report = small.meta[found]
+    answer: dict[str, Any] = {"path": str(output), found: report.to_json()}
     lines = [str(report)]
     if plot is not None:
         report.plot(plot)

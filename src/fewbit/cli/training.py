@@ -1,4 +1,4 @@
-"""The command that trains."""
+"""The commands that train: finetune, compress."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,4 +69,50 @@ def finetune(
         save(trained, output)
         show(
             {"path": str(output), "training": trained.facts["training"]}, f"{line}\n{output}: saved", as_json
+        )
+
+
+def compress(
+    model: MODEL,
+    train: Annotated[Path, typer.Option(help=".npz with inputs and labels.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A *.fewbit file, a folder, or a runtime's file.")
+    ],
+    recipe: Annotated[
+        str, typer.Option(help="A preset of several steps, or a TOML file.")
+    ] = "deep-compression",
+    augment: Annotated[bool, typer.Option(help="Move and mirror images at random.")] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Keeps each step's result; the same call goes on after an interruption."),
+    ] = None,
+    seed: int = 0,
+    weights: WEIGHTS = None,
+    verify: VERIFY = True,
+    as_json: JSON = False,
+) -> None:
+    """Make a model small in several steps (prune, train, share weights, quantize), in the order of a recipe.
+
+    Example: `fewbit compress model.keras --train digits.npz --recipe deep-compression -o model.fewbit`
+    """
+    from fewbit.compression import compress as run
+    from fewbit.deploy import export
+    from fewbit.evaluation.size import size_by_tensor
+    from fewbit.plan import Steps
+    from fewbit.storage import save
+
+    steps = Steps.load(recipe)
+    small = run(
+        model_of(model, weights), str(train), recipe=steps, augment="images" if augment else None, folder=folder,
+        resume=folder is not None, seed=seed,
+    )  # fmt: skip
+    done = [str(step) for step in steps.steps]
+    if is_artifact(str(output)):
+        artifact = export(small, output, verify=verify)
+        show(artifact.to_json() | {"steps": done}, "\n".join([*done, str(artifact)]), as_json)
+    else:
+        save(small, output)
+        sizes = size_by_tensor(output)
+        show(
+            {"path": str(output), "steps": done, "bytes": sizes.file}, "\n".join([*done, str(sizes)]), as_json
         )
