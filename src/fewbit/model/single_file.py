@@ -111,28 +111,15 @@ def is_ours(start: bytes) -> bool:
     size = int.from_bytes(start[:8], "little")
     try:
         header = json.loads(start[8 : 8 + min(size, LONGEST_HEADER)])
-        return MARK in header["__metadata__"]
+        return isinstance(header["__metadata__"], dict) and MARK in header["__metadata__"]
     except (ValueError, RecursionError, KeyError, TypeError):
         return False
 
 
 def read_layout(content: bytes) -> Layout:
     """What is where, with everything checked that can be before the tensors are decoded. Raises as `from_bytes`."""
-    size = int.from_bytes(content[:8], "little")
-    head = content[8 : 8 + size]
-    if len(content) < 8 or size > min(LONGEST_HEADER, len(content) - 8) or not is_ours(content):
-        raise ArtifactError("not a file that fewbit.save wrote, or its beginning is damaged")
-    header = json.loads(head)
-    if header["__metadata__"][MARK] != str(VERSION):
-        raise ArtifactError(
-            f"version {header['__metadata__'][MARK]!r:.40} found, at most {VERSION} expected; save the model again"
-        )
-    sizes = [_section_size(header.get(name)) for name in SECTIONS]
-    data = content[8 + size :]
-    if content[: 8 + size] != _header(sizes, _digest(data)) or len(data) != sum(sizes):
-        raise ArtifactError(
-            "its content does not have the checksum that it states: damaged; save the model again"
-        )
+    start, sizes = _sections(content)
+    data = content[start:]
     text = _inflated(data[: sizes[0]], min(_LONGEST_DESCRIPTION, _DENSEST * len(content)))
     description = json.loads(text)
     index, inputs, model = description["tensors"], description["inputs"], description["model"]
@@ -141,7 +128,7 @@ def read_layout(content: bytes) -> Layout:
             f"its tensors have more than {_DENSEST} numbers for each byte of the file: hostile"
         )
     other = {
-        "header": 8 + size - 2 * _DIGEST, "checksum": 2 * _DIGEST, "description": sizes[0], "padding": sizes[2],
+        "header": start - 2 * _DIGEST, "checksum": 2 * _DIGEST, "description": sizes[0], "padding": sizes[2],
     }  # fmt: skip
     return Layout(model, inputs, tuple(_entries(index, data[sizes[0] : sizes[0] + sizes[1]])), other)
 
@@ -186,11 +173,27 @@ def _header(sizes: list[int], digest: str) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _section_size(section: Any) -> int:
-    size = section["shape"][0] if section is not None else 0
-    if type(size) is not int or not 0 <= size <= LARGEST_NUMBER:
-        raise ArtifactError(f"a section of {size!r:.40} bytes found: damaged; save the model again")
-    return size
+def _sections(content: bytes) -> tuple[int, list[int]]:
+    """Where the first section begins, and the bytes of each; ArtifactError where anything in the file is damaged."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    if start > min(LONGEST_HEADER, len(content)) or not is_ours(content):
+        raise ArtifactError("not a file that fewbit.save wrote, or its beginning is damaged")
+    header = json.loads(content[8:start])
+    version = header["__metadata__"][MARK]
+    if version != str(VERSION):
+        raise ArtifactError(
+            f"version {version!r:.40} found, at most {VERSION} expected: damaged, or of a later fewbit"
+        )
+    try:
+        sizes = [int(header[name]["shape"][0]) if name in header else 0 for name in SECTIONS]
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        raise ArtifactError("its header is damaged; save the model again") from error
+    data = content[start:]
+    if content[:start] != _header(sizes, _digest(data)) or len(data) != sum(sizes):
+        raise ArtifactError(
+            "its content does not have the checksum that it states: damaged; save the model again"
+        )
+    return start, sizes
 
 
 def _inflated(data: bytes, limit: int) -> bytes:
@@ -230,9 +233,13 @@ def _range(x: Tensor) -> list[Any]:
 
 
 def _drawn(dtype: str, shape: list[int], low: float, high: float) -> Tensor:
+    """Seeded numbers of a range, whose ends are among them: so that a model saved once more is the same file."""
     generator = torch.Generator().manual_seed(0)
     if DTYPES[dtype].is_floating_point:
-        return (low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)).to(
-            DTYPES[dtype]
-        )
-    return torch.randint(int(low), int(high) + 1, shape, generator=generator).to(DTYPES[dtype])
+        x = low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+    else:
+        x = torch.randint(int(low), int(high) + 1, shape, generator=generator)
+    if x.numel():
+        flat = x.view(-1)
+        flat[0], flat[-1] = low, high
+    return x.to(DTYPES[dtype])

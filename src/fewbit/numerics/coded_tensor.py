@@ -47,13 +47,11 @@ class CodedTensor:
         flat = x.detach().cpu().contiguous().reshape(-1)
         raw = flat.view(torch.uint8).numpy()
         numbers = raw.reshape(flat.numel(), flat.element_size())
+        # Estimates from counts, which are fast, and how to make what is found best; the last is decoded fastest.
         ways: list[tuple[int, Callable[[], CodedTensor]]] = [(raw.size, lambda: cls(RAW, raw.tobytes()))]
         if len(numbers):
-            ways += [
-                (_cost(numbers), lambda: cls(DENSE, planes=_streams(numbers))),
-                *_sparse(numbers, x.shape),
-            ]
-        # What takes part is an estimate from counts, which is fast; only the best is made.
+            dense = (_cost(numbers), lambda: cls(DENSE, planes=_streams(numbers)))
+            ways = [dense, *_sparse(numbers, x.shape), *ways]
         least = min(ways, key=lambda way: way[0])[0] * (1 + SLACK)
         return [make for size, make in ways if size <= least][-1]()
 
