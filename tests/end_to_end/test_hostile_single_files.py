@@ -209,7 +209,8 @@ def test_a_later_version_says_so(good: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content", [b"", b"\0" * 8, b"\xff" * 8, b"\xff" * 100, b"PK\3\4" * 20, (2**40).to_bytes(8, "little") + b"{}",
-                (2).to_bytes(8, "little") + b"{}", (4).to_bytes(8, "little") + b"null", (27).to_bytes(8, "little") + b'{"__metadata__":"fewbit"}  '],
+                (2).to_bytes(8, "little") + b"{}", (4).to_bytes(8, "little") + b"null",
+                (26).to_bytes(8, "little") + b'{"__metadata__":"fewbit"} ' + bytes(99)],
 )  # fmt: skip
 def test_files_of_others(content: bytes, tmp_path: Path) -> None:
     assert "not a file that fewbit.save wrote" in refused(tmp_path / "m.fewbit", content)

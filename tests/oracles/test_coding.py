@@ -1,6 +1,7 @@
 """Coders and coded tensors: back to the last bit, near the entropy, like a decoder by definition, safe on any data."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -142,6 +143,15 @@ def test_long_gaps(gap: int) -> None:
     assert round_trip(x).form == BY_ROW
 
 
+@pytest.mark.parametrize("form", [BY_ROW, BY_COLUMN])
+def test_gaps_beyond_the_tensor_are_refused(form: int) -> None:
+    x = torch.zeros(40, 30)
+    x[3, 5] = x[-1, -1] = 1.0
+    data = replace(round_trip(x), form=form).to_bytes()
+    with pytest.raises(FormatError, match="beyond the tensor"):
+        CodedTensor.read(data, 39 * 30, 4).decode(torch.float32, (39, 30))
+
+
 def test_sparse_weights_take_about_their_entropy() -> None:
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(300, 400, generator=generator) < 0.05
@@ -176,6 +186,15 @@ def test_damage_is_refused_or_gives_as_many_symbols(name: str) -> None:
             assert len(Stream.read(Reader(bytes(damaged)), 1500).decode()) == 1500
         except FormatError as error:
             assert "damaged" in str(error) or "expected" in str(error)
+
+
+def test_huffman_codes_end_where_their_512_symbols_do() -> None:
+    stream = by("huffman", drawn(1400, 3.0) + np.uint8(100))
+    words = np.frombuffer(stream.payload[:6], "<u2").copy()
+    words[:2] += np.array([1, -1]).astype(np.uint16)  # the sum is as before
+    moved = words.tobytes() + stream.payload[6:]
+    with pytest.raises(FormatError, match="damaged"):
+        registry.module("huffman").decode(stream.table, moved, stream.n)
 
 
 @settings(max_examples=50)

@@ -147,7 +147,12 @@ def _cheapest(counts: np.ndarray) -> ModuleType:
     return _marks()[min(mark for mark in costs if costs[mark] <= least)]
 
 
-@cache
 def _marks() -> dict[int, ModuleType]:
+    return _coders(tuple(__path__))
+
+
+@cache
+def _coders(path: tuple[str, ...]) -> dict[int, ModuleType]:
+    """The coders by their marks; listing folders is slow, so once for each list of folders."""
     coders = [registry.module(name) for name in registry.names()]
     return {coder.MARK: coder for coder in coders}
