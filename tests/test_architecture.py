@@ -30,8 +30,8 @@ LEVEL |= {path.stem: LEVEL["pipeline"] for path in SOURCE.glob("fewbit/[!_]*.py"
 
 # Folders in which a file is a plug-in, unless its name starts with an underscore: its neighbours share that.
 PLUG_INS = [
-    "numerics.formats", "passes", "observers", "rounding", "targets", "training.estimators", "training.losses",
-    "pruning.criteria",
+    "numerics.formats", "numerics.coding", "passes", "observers", "rounding", "targets", "training.estimators",
+    "training.losses", "pruning.criteria",
 ]  # fmt: skip
 
 HEAVY = {

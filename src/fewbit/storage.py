@@ -1,4 +1,5 @@
-"""Saved folders: ``model.json`` and ``model.safetensors``, written whole or not at all, read without running code."""
+"""Saved models, written whole or not at all, read without running code: a folder with ``model.json`` and
+``model.safetensors``, or one ``.fewbit`` file with entropy-coded weights."""
 
 import contextlib
 import hashlib
@@ -7,18 +8,23 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fewbit.errors import ArtifactError, FewbitError, ModelError
 from fewbit.evaluation.size import DENSE
+from fewbit.model import single_file
 from fewbit.model.lowering import lower
+from fewbit.model.packed import from_plain_parts, plain_parts
 from fewbit.model.readers import read_path
 from fewbit.model.serialize import describe, rebuild
 from fewbit.model.simulate import QuantizedModel
+from fewbit.numerics.qtensor import QTensor
+from fewbit.numerics.scheme import Scheme
 from fewbit.targets import registry as targets
 from fewbit.training.model import TrainableModel
 
@@ -29,22 +35,33 @@ _MARK = "fewbit_model"
 _LARGEST_DESCRIPTION = 256 * 2**20
 
 
-def save(model: nn.Module, folder: str | Path) -> Path:
-    """Write a quantized or trainable model, or a graph that ``fewbit.load`` gave, to ``folder``; returns the folder.
+def save(model: nn.Module, path: str | Path) -> Path:
+    """Write a quantized or trainable model, or a graph that ``fewbit.load`` gave, to ``path``; returns the path.
 
-    Weights are stored as codes, packed or entropy-coded, with their scales and codebooks. The folder appears whole or
-    not at all; one that fewbit wrote before is replaced, any other is left alone.
+    A name that ends in ``.fewbit`` is one file, the smallest form: weights as entropy-coded codes, or as gaps and
+    values where most of them are equal; of example inputs it keeps shapes and ranges. Any other name is a folder, with
+    codes packed or entropy-coded. Either appears whole or not at all; one that fewbit wrote before is replaced,
+    anything else is left alone.
 
-    Raises ``ModelError`` for a model that cannot be saved and ``ArtifactError`` where the folder cannot be written.
+    Raises ``ModelError`` for a model that cannot be saved and ``ArtifactError`` where the path cannot be written.
     """
-    folder = Path(folder).absolute()
+    path = Path(path).absolute()
     if isinstance(model, TrainableModel):
         model = model.convert()
     if not isinstance(model, QuantizedModel | GraphModule):
         raise ModelError(
             f"model is a {type(model).__name__}; only what fewbit.quantize or fewbit.load gave can be saved"
         )
-    _check_replaceable(folder)
+    if path.suffix == single_file.SUFFIX:
+        _check_file_replaceable(path)
+        data, tensors, _ = describe(model, plain_parts)
+        _write_file(path, single_file.to_bytes(data, tensors))
+        return path
+    _check_replaceable(path)
+    return _save_folder(model, path)
+
+
+def _save_folder(model: QuantizedModel | GraphModule, folder: Path) -> Path:
     from safetensors.torch import save as to_bytes
 
     data, tensors, dense = describe(model)
@@ -79,21 +96,56 @@ def load(path: str | Path, example: Any = None) -> QuantizedModel | GraphModule:
     path = Path(path)
     if not path.exists():
         raise ArtifactError(f"{path}: no such file or folder")
-    if not path.is_dir():
-        return read_path(path, example)
+    if path.is_dir():
+        return _checked(_load_folder, path, path / MODEL)
+    if path.suffix == single_file.SUFFIX:
+        return _checked(_load_file, path, path)
+    return read_path(path, example)
+
+
+def _checked(
+    read: Callable[[Path], QuantizedModel | GraphModule], path: Path, description: Path
+) -> QuantizedModel | GraphModule:
+    """What ``read`` gives, if it is sound; all that it raises becomes an ``ArtifactError`` that names the file."""
     try:
-        return _load(path)
+        model = read(path)
+        _check_parts(model)
+        return model
     except ArtifactError as error:
         message = str(error)
         raise ArtifactError(
-            message if message.startswith(str(path)) else f"{path / MODEL}: {message}"
+            message if message.startswith(str(path)) else f"{description}: {message}"
         ) from error
     except Exception as error:  # a hostile file can make any constructor raise anything
         what = str(error).splitlines()[0][:200] if str(error) else ""
-        raise ArtifactError(f"{path / MODEL}: damaged or hostile ({type(error).__name__}: {what})") from error
+        raise ArtifactError(f"{description}: damaged or hostile ({type(error).__name__}: {what})") from error
 
 
-def _load(path: Path) -> QuantizedModel | GraphModule:
+def _check_parts(model: QuantizedModel | GraphModule) -> None:
+    """ArtifactError unless target, graph, codes and plan of a quantized model belong together."""
+    if isinstance(model, QuantizedModel):
+        if model.target not in targets.names():
+            raise ArtifactError(f"unknown target {model.target!r:.40}")
+        try:
+            lower(model)
+        except FewbitError as error:
+            raise ArtifactError(f"its parts do not fit together: {error}") from error
+
+
+def _load_file(path: Path) -> QuantizedModel | GraphModule:
+    data, tensors = single_file.from_bytes(_read(path, None))
+    met: set[int] = set()
+
+    def unpack(name: str, parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, ...]) -> QTensor:
+        if id(parts["codes"]) in met:  # each time would take memory that the file has no bytes for
+            raise ArtifactError(f"{name}: its codes are those of another weight, with other parts")
+        met.add(id(parts["codes"]))
+        return from_plain_parts(name, parts, scheme, shape)
+
+    return rebuild(data, tensors, unpack)
+
+
+def _load_folder(path: Path) -> QuantizedModel | GraphModule:
     from safetensors.torch import load as from_bytes
 
     try:
@@ -122,15 +174,7 @@ def _load(path: Path) -> QuantizedModel | GraphModule:
         tensors = from_bytes(weights)
     except Exception as error:  # safetensors has an error type of its own
         raise ArtifactError(f"{path / WEIGHTS}: not valid safetensors ({str(error)[:100]})") from error
-    model = rebuild(data, tensors)
-    if isinstance(model, QuantizedModel):
-        if model.target not in targets.names():
-            raise ArtifactError(f"{path / MODEL}: unknown target {model.target!r:.40}")
-        try:
-            lower(model)  # proves that graph, codes and plan belong together
-        except FewbitError as error:
-            raise ArtifactError(f"{path / MODEL}: its parts do not fit together: {error}") from error
-    return model
+    return rebuild(data, tensors)
 
 
 def _read(path: Path, limit: int | None) -> bytes:
@@ -163,6 +207,38 @@ def _check_replaceable(folder: Path) -> None:
         raise ArtifactError(
             f"{folder}: exists and is not a folder that fewbit.save wrote, so it is left alone; choose another name"
         )
+
+
+def _check_file_replaceable(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ArtifactError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if not path.exists() and not path.is_symlink():
+        return
+    ours = False
+    if path.is_file() and not path.is_symlink():
+        with path.open("rb") as file:
+            ours = single_file.is_ours(file.read(single_file.LONGEST_HEADER))
+    if not ours:
+        raise ArtifactError(
+            f"{path}: exists and is not a file that fewbit.save wrote, so it is left alone; choose another name"
+        )
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    temporary = ""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def _is_ours(folder: Path) -> bool:

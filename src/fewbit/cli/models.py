@@ -58,10 +58,13 @@ def inspect(
 ) -> None:
     """Show the plan of a model, tensor by tensor: format, constraint, and why; or the operations in a file.
 
-    Examples: `fewbit inspect model.int8.tflite`, `fewbit inspect net.keras`, `fewbit inspect net:build --shape 8,1,8,8`
+    Of a .fewbit file it also shows where each byte goes. Examples: `fewbit inspect model.int8.tflite`,
+    `fewbit inspect net.keras`, `fewbit inspect net:build --shape 8,1,8,8`
     """
     description = _description(model)
-    if description is None:
+    if Path(model).suffix == ".fewbit" and Path(model).is_file():
+        _inspect_single_file(model, as_json)
+    elif description is None:
         plan = _plan_of(model, recipe, target, weights, shape)
         saved = _saved_size(model)
         show(plan.to_json() | ({"size": saved.to_json()} if saved else {}),
@@ -72,6 +75,16 @@ def inspect(
         from fewbit.report.files import show_file
 
         show_file(description)
+
+
+def _inspect_single_file(name: str, as_json: bool) -> None:
+    """Where each byte of a .fewbit file goes, and the plan of a quantized model."""
+    from fewbit.evaluation.size import size_by_tensor
+
+    plan = getattr(model_of(name), "plan", None)
+    sizes = size_by_tensor(name)
+    data = {} if plan is None else plan.to_json()
+    show(data | {"size": sizes.to_json()}, str(sizes) if plan is None else f"{plan}\n{sizes}", as_json)
 
 
 def _description(name: str) -> dict[str, Any] | None:
@@ -112,7 +125,9 @@ def _plan_of(name: str, recipe: str, target: str, weights: Path | None, shape: s
 
 def quantize(
     model: MODEL,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A runtime's file, or a folder to save to.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A runtime's file, a .fewbit file, or a folder.")
+    ],
     calibration: Annotated[Path | None, typer.Option(help=".npy or .npz with typical inputs.")] = None,
     recipe: Annotated[str, typer.Option(help="A preset's name or a TOML file.")] = "int8",
     settings: Annotated[
@@ -127,7 +142,7 @@ def quantize(
     verify: VERIFY = True,
     as_json: JSON = False,
 ) -> None:
-    """Quantize a model and write it for a runtime, verified; or save it to a folder, to export it later.
+    """Quantize a model and write it for a runtime, verified; or save it (.fewbit file, folder), to export it later.
 
     Examples: `fewbit quantize model.keras --calibration images.npy --io int8 -o model.tflite`,
     `fewbit quantize net:build --weights net.safetensors --calibration images.npy -o net.int8.onnx`
@@ -138,7 +153,7 @@ def quantize(
 
     as_file = is_artifact(str(output))
     if not as_file and io != "float32":
-        raise typer.BadParameter(f"{output} is a folder: --io is for files")
+        raise typer.BadParameter(f"{output} is a saved model: --io is for files of runtimes")
     quantized = run(
         model_of(model, weights),
         None if calibration is None else str(calibration),

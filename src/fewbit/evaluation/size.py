@@ -1,4 +1,4 @@
-"""Bytes by tensor: of an ONNX file, of safetensors, of a module in memory."""
+"""Bytes by tensor: of an ONNX file, of safetensors, of a .fewbit file, of a module in memory."""
 
 import json
 import math
@@ -10,6 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewbit.errors import ArtifactError
+from fewbit.model.single_file import SUFFIX, read_layout
+from fewbit.numerics.format import get_format
+from fewbit.numerics.packing import packed_size
 
 # Widths below a byte are stored densely, two or more to a byte.
 _ONNX_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2, "BOOL": 8}
@@ -22,6 +25,7 @@ class TensorSize:
     """One stored tensor: its name, dtype and shape, and the bytes that it takes.
 
     ``dense``: of entropy-coded codes, the bytes that they would take in as many bits as their format has.
+    ``parts``: of a tensor in a .fewbit file, what its bytes are for: codes, gaps, tables, scale, ...
     """
 
     name: str
@@ -29,6 +33,7 @@ class TensorSize:
     shape: tuple[int, ...]
     nbytes: int
     dense: int | None = None
+    parts: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,20 +54,31 @@ class Sizes:
         rows = [
             f"{x.name:<{width}}  {x.nbytes:>12,}  {x.dtype} {list(x.shape)}"
             + ("" if x.dense is None else f", {x.dense:,} before entropy coding")
+            + ("" if x.parts is None else f": {', '.join(f'{key} {n:,}' for key, n in x.parts.items())}")
             for x in self.tensors
         ]
-        saved = sum(x.dense - x.nbytes for x in self.tensors if x.dense is not None)
+        saved = sum(x.dense - _coded(x) for x in self.tensors if x.dense is not None)
         file = f"; {self.total + saved:,} before entropy coding" if saved else ""
         file += "" if self.file is None else f"; file {self.file:,}"
         return "\n".join([*rows, f"{'total':<{width}}  {self.total:>12,} bytes{file}"])
 
 
+def _coded(x: TensorSize) -> int:
+    """Bytes of the codes that ``dense`` is about."""
+    return (
+        x.nbytes
+        if x.parts is None
+        else sum(x.parts.get(key, 0) for key in ("codes", "gaps", "tables", "frames"))
+    )
+
+
 def size_by_tensor(source: nn.Module | str | Path) -> Sizes:
-    """Bytes of each tensor of a module, an .onnx file, a .safetensors file or a folder of those.
+    """Bytes of each tensor of a module, an .onnx, .fewbit or .safetensors file or a folder of the latter.
 
     A module's parameters and buffers count once, however often they are shared; of a quantized model the
     weights count as their packed codes with scales and zero points. An ONNX file's external data are
-    counted, and not opened. Raises ArtifactError for a file that is missing, damaged or of another kind;
+    counted, and not opened. A .fewbit file's header, checksum and description count as tensors, so that all bytes are
+    accounted for. Raises ArtifactError for a file that is missing, damaged or of another kind;
     nothing is ever unpickled.
     """
     if isinstance(source, nn.Module):
@@ -77,14 +93,18 @@ def size_by_tensor(source: nn.Module | str | Path) -> Sizes:
         return _sizes(tensors, sum(each.stat().st_size for each in files))
     if not path.is_file():
         raise ArtifactError(
-            f"{str(path)!r} does not exist: expected a module, an .onnx or a .safetensors file"
+            f"{str(path)!r} does not exist: expected a module, an .onnx, {SUFFIX} or .safetensors file"
         )
     if path.suffix == ".safetensors":
         return _sizes(_of_safetensors(path), path.stat().st_size)
+    if path.suffix == SUFFIX:
+        return _sizes(_of_single_file(path), path.stat().st_size)
     if path.suffix == ".onnx":
         tensors, external = _of_onnx(path)
         return _sizes(tensors, path.stat().st_size + external)
-    raise ArtifactError(f"{str(path)!r} is neither .onnx nor .safetensors: other files are not opened")
+    raise ArtifactError(
+        f"{str(path)!r} is neither .onnx, {SUFFIX} nor .safetensors: other files are not opened"
+    )
 
 
 def _sizes(tensors: Iterable[TensorSize], file: int | None = None) -> Sizes:
@@ -120,6 +140,34 @@ def _of_safetensors(path: Path) -> list[TensorSize]:
         return [replace(each, dense=int(dense[each.name])) if each.name in dense else each for each in found]
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{str(path)!r} is not a readable safetensors file ({error})") from None
+
+
+def _of_single_file(path: Path) -> list[TensorSize]:
+    """Rows whose bytes add up to the file's: a weight with all its parts in one row, then what is no tensor."""
+    parts: dict[str, dict[str, int]] = {}
+    kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
+    try:
+        layout = read_layout(path.read_bytes())
+        schemes = layout.schemes()
+        for entry in layout.entries:
+            name, _, part = entry.name.rpartition(":")
+            if part in ("scale", "zero_point", "codebook"):
+                parts.setdefault(name, {})[part] = len(entry.content)
+                continue
+            name = name if part == "codes" else entry.name
+            dtype = str(entry.dtype).removeprefix("torch.")
+            kinds[name] = (schemes[entry.name].format if entry.name in schemes else dtype, entry.shape)
+            parts[name] = entry.read().sizes() | parts.get(name, {})
+    except Exception as error:  # a hostile description can make anything fail
+        raise ArtifactError(f"{path}: its parts cannot be told: {str(error)[:200]}") from None
+    found = []
+    for name, (kind, shape) in kinds.items():
+        used = {key: size for key, size in parts[name].items() if size}
+        bits = get_format(kind).bits if f"{name}:codes" in schemes else None
+        dense = None if bits is None else packed_size(math.prod(shape), bits)
+        found.append(TensorSize(name, kind, shape, sum(used.values()), dense, used))
+    rest = {name: size for name, size in layout.other.items() if size}
+    return found + [TensorSize(f"({name})", "bytes", (size,), size) for name, size in rest.items()]
 
 
 def _of_onnx(path: Path) -> tuple[list[TensorSize], int]:

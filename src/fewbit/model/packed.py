@@ -39,7 +39,19 @@ def pack_weight(q: QTensor) -> dict[str, Tensor]:
     and "scale_codes" or "scale_entropy_codes" say which one each block has; "zero_point" unless all are zero;
     "codebook" where the format is learned, in float16 where that is exact.
     """
-    parts = _pack_codes(q.codes, q.scheme.spec.bits, "") | _pack_scale(q.scale)
+    return _pack_codes(q.codes, q.scheme.spec.bits, "") | _pack_scale(q.scale) | _few_parts(q)
+
+
+def plain_parts(q: QTensor) -> dict[str, Tensor]:
+    """A quantized tensor as tensors for a file that codes each by itself.
+
+    "codes" in their own dtype and shape, "scale", and "zero_point" and "codebook" as by ``pack_weight``.
+    """
+    return {"codes": q.codes, "scale": q.scale} | _few_parts(q)
+
+
+def _few_parts(q: QTensor) -> dict[str, Tensor]:
+    parts = {}
     if bool(q.zero_point.any()):
         parts["zero_point"] = q.zero_point
     if q.codebook is not None:
@@ -56,11 +68,25 @@ def unpack_weight(name: str, parts: Mapping[str, Tensor], scheme: Scheme, shape:
             raise ValueError(f"{size!r:.40} is no size")
         count *= size
     codes = _unpack_codes(parts, "", scheme.spec.code_dtype, scheme.spec.bits, _signed(scheme), count)
-    scale = _unpack_scale(parts, block_count(shape, scheme))
+    plain = dict(parts) | {
+        "codes": codes.reshape(shape),
+        "scale": _unpack_scale(parts, block_count(shape, scheme)),
+    }
+    return from_plain_parts(name, plain, scheme, shape)
+
+
+def from_plain_parts(
+    name: str, parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, ...]
+) -> QTensor:
+    """The inverse of ``plain_parts``; FewbitError or ValueError where parts, shape and scheme do not fit together."""
+    codes, scale = parts["codes"], parts["scale"]
+    if codes.dtype != scheme.spec.code_dtype or codes.shape != shape:
+        raise ValueError(f"codes of {codes.dtype} {tuple(codes.shape)} are none of {scheme.format} {shape}")
+    _check_bits(codes, scheme.spec.bits, _signed(scheme))
     check_scale(name, scale)
     zero_point = parts.get("zero_point", torch.zeros_like(scale, dtype=torch.int32))
     codebook = parts["codebook"].to(torch.float32) if "codebook" in parts else None
-    return QTensor.from_codes(codes.reshape(shape), scale, zero_point, scheme, codebook)
+    return QTensor.from_codes(codes, scale, zero_point, scheme, codebook)
 
 
 def dense_bytes(q: QTensor) -> int:
@@ -93,8 +119,7 @@ def _unpack_codes(
             raise ValueError(f"entropy-coded codes are {coded.dtype} of {coded.dim()} dimensions")
         codes = entropy_decode(coded, narrow, count)
         codes = codes.to(torch.int32) & (2**16 - 1) if narrow != dtype else codes
-        if not codes.is_floating_point() and count and int(codes.max()) >= 2 ** (bits - signed):
-            raise ValueError(f"a code has more than {bits} bits")
+        _check_bits(codes, bits, signed)
         return codes
     data = parts[f"{prefix}codes"]
     if data.dtype != torch.uint8 or data.dim() != 1 or data.numel() != packed_size(count, bits):
@@ -102,6 +127,11 @@ def _unpack_codes(
     if dtype.itemsize * 8 == bits:
         return data.clone().view(dtype)
     return unpack(data, bits, signed, count).to(dtype)
+
+
+def _check_bits(codes: Tensor, bits: int, signed: bool) -> None:
+    if not codes.is_floating_point() and codes.numel() and int(codes.max()) >= 2 ** (bits - signed):
+        raise ValueError(f"a code has more than {bits} bits")
 
 
 def _pack_scale(scale: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import inspect
 import keyword
 import operator as python_operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,10 +48,10 @@ class GraphWriter:
     ``dense``: of those that are entropy-coded, the bytes that they would take without.
     """
 
-    def __init__(self, qtensors: Mapping[str, QTensor]) -> None:
+    def __init__(self, qtensors: Mapping[str, QTensor], pack: Callable[..., Any] = pack_weight) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.dense: dict[str, int] = {}
-        self._qtensors = qtensors
+        self._qtensors, self._pack = qtensors, pack
         self._parts: dict[int, dict[str, str]] = {}
         self._names: dict[int, str] = {}
         self._kept: list[Tensor] = []  # ids are only unique among what lives
@@ -128,7 +128,7 @@ class GraphWriter:
             )
         if id(q.codes) not in self._parts:
             self._kept.append(q.codes)
-            parts = pack_weight(q)
+            parts = self._pack(q)
             self._parts[id(q.codes)] = {part: f"{name}:{part}" for part in parts}
             self.tensors |= {f"{name}:{part}": _stored(tensor) for part, tensor in parts.items()}
             if "entropy_codes" in parts:
@@ -146,8 +146,8 @@ class GraphWriter:
 class GraphReader:
     """Rebuilds graphs from JSON and tensors. Raises ``ArtifactError`` where an entry is refused, by its name."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Mapping[str, Tensor], unpack: Callable[..., QTensor] = unpack_weight) -> None:
+        self._tensors, self._unpack = tensors, unpack
         self._shared: dict[str, Tensor] = {}
         self._coded: dict[str, QTensor] = {}
         self.qtensors: dict[str, QTensor] = {}
@@ -237,7 +237,7 @@ class GraphReader:
         q = self._coded.get(key)
         if q is None or (q.scheme, q.shape) != (scheme, shape):
             parts = {str(part): self._tensors[name] for part, name in keys.items()}
-            q = self._coded[key] = unpack_weight(site, parts, scheme, shape)
+            q = self._coded[key] = self._unpack(site, parts, scheme, shape)
             self._shared[key] = nn.Parameter(q.dequantize(), requires_grad=False)
         self.qtensors[site] = q
         return self._shared[key]
@@ -334,17 +334,17 @@ def _arguments(name: str, kind: str, given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def describe(
-    model: QuantizedModel | GraphModule,
+    model: QuantizedModel | GraphModule, pack: Callable[..., Any] = pack_weight
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, int]]:
     """A model as JSON and tensors, and the bytes that those which are entropy-coded would take without.
 
-    Raises ``ModelError`` that names what cannot be saved.
+    ``pack`` makes tensors of a quantized weight. Raises ``ModelError`` that names what cannot be saved.
     """
     if not isinstance(model, QuantizedModel):
         writer = GraphWriter({})
         return {"graph": writer.graph(model)}, writer.tensors, {}
     coded = {name: model.qtensors[name] for name in model.qtensors.names()}
-    writer = GraphWriter(coded)
+    writer = GraphWriter(coded, pack)
     data = {
         "graph": writer.graph(model.graph),
         "plan": model.plan.to_json(),
@@ -358,9 +358,11 @@ def describe(
     return data, writer.tensors, writer.dense
 
 
-def rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedModel | GraphModule:
-    """The inverse of ``describe``. Raises ``ArtifactError``, or what Python raises on data of a wrong kind."""
-    reader = GraphReader(tensors)
+def rebuild(
+    data: Mapping[str, Any], tensors: Mapping[str, Tensor], unpack: Callable[..., QTensor] = unpack_weight
+) -> QuantizedModel | GraphModule:
+    """The inverse of ``describe``, ``unpack`` of its ``pack``. Raises ``ArtifactError``, or what Python raises."""
+    reader = GraphReader(tensors, unpack)
     gm = reader.graph(data["graph"])
     if "plan" not in data:
         return gm
