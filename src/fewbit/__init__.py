@@ -11,6 +11,7 @@ _WHERE = {
     "distill": "fewbit.finetuning",
     "prune": "fewbit.slimming",
     "compare": "fewbit.comparison",
+    "group_lasso": "fewbit.sparse_learning",
     "Training": "fewbit.training.model",
     "Distillation": "fewbit.training.objective",
     "load": "fewbit.storage",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from fewbit.plan import Plan, Recipe
     from fewbit.search.sensitivity import sensitivity
     from fewbit.slimming import prune
+    from fewbit.sparse_learning import group_lasso
     from fewbit.storage import load, save
     from fewbit.synthesis import synthesize
     from fewbit.training.model import Training
@@ -65,6 +67,7 @@ __all__ = [
     "export",
     "finetune",
     "formats",
+    "group_lasso",
     "load",
     "measure",
     "prune",
