@@ -12,7 +12,7 @@ export FEWBIT_DATA ?= $(abspath ../shared/data)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCHMARKS ?= accuracy few_bits exactness speed probe litert targets readers gptq clustering coding qat qat_small step_cost pruned_graphs pruning_oneshot
+BENCHMARKS ?= accuracy few_bits exactness speed probe litert targets readers gptq clustering coding qat qat_small step_cost pruned_graphs pruning_oneshot pruning_latency pruning sparsity deep_compression
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 

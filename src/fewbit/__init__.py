@@ -13,6 +13,7 @@ _WHERE = {
     "compress": "fewbit.compression",
     "hold_zeros": "fewbit.model.zeros",
     "compare": "fewbit.comparison",
+    "group_lasso": "fewbit.sparse_learning",
     "Training": "fewbit.training.model",
     "Distillation": "fewbit.training.objective",
     "load": "fewbit.storage",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from fewbit.plan import Plan, Recipe, Steps
     from fewbit.search.sensitivity import sensitivity
     from fewbit.slimming import prune
+    from fewbit.sparse_learning import group_lasso
     from fewbit.storage import load, save
     from fewbit.synthesis import synthesize
     from fewbit.training.model import Training
@@ -72,6 +74,7 @@ __all__ = [
     "export",
     "finetune",
     "formats",
+    "group_lasso",
     "hold_zeros",
     "load",
     "measure",

@@ -23,7 +23,7 @@ from fewbit.training.building import make_trainable
 from fewbit.training.examples import Augment, examples
 from fewbit.training.loop import MakeOptimizer, Settings, Trainer
 from fewbit.training.model import TrainableModel, Training
-from fewbit.training.objective import Distillation, LabelLoss, Objective
+from fewbit.training.objective import Distillation, LabelLoss, Objective, Penalty
 from fewbit.training.processes import Processes, processes
 
 _CALIBRATION = 512  # training samples that ranges begin with
@@ -55,6 +55,7 @@ def finetune(
     accumulate: int = 1,
     clip: float | None = None,
     dampen: float = 0.0,
+    penalty: Penalty | None = None,
     precision: str = "float32",
     compile: bool = False,
     parallel: str = "ddp",
@@ -83,7 +84,8 @@ def finetune(
     ``optimizer``: "adamw" (1e-3), "sgd" (0.01, Nesterov momentum 0.9), a function that makes one of parameter groups,
     or an optimizer of a trainable model's parameters. ``schedule``: "cosine", "linear" or "constant", after a short
     rise. ``accumulate``: batches for each step. ``clip``: the largest norm of gradients. ``dampen``: the weight of what
-    keeps weights from oscillating between codes. ``precision``: "bfloat16" or "float16" for autocast. ``compile``:
+    keeps weights from oscillating between codes. ``penalty``: a function of the module in training whose value is added
+    to the loss, such as `fewbit.group_lasso`. ``precision``: "bfloat16" or "float16" for autocast. ``compile``:
     torch.compile for the whole step. ``parallel``: "ddp" or "fsdp", where ``torchrun`` started several processes.
 
     ``folder``: keeps ``last.safetensors`` after each epoch, and metrics as JSON lines, CSV and, if it is installed, for
@@ -114,7 +116,7 @@ def finetune(
     def learn(student: nn.Module, taught: Any, settings: Settings) -> tuple[nn.Module, list[dict[str, Any]]]:
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
         with in_eval_mode(taught.to(device)) if isinstance(taught, nn.Module) else nullcontext():
-            objective = Objective(student, taught, distillation, loss, dampen)
+            objective = Objective(student, taught, distillation, loss, dampen, penalty)
             trainer = Trainer(objective, data, aside, settings, peers, device)
             records = trainer.run()
         return trainer.model, records

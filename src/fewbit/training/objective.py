@@ -17,6 +17,7 @@ from fewbit.training.model import TrainableModel
 IGNORED = -100  # the label of positions that do not count, as in torch and Hugging Face
 
 LabelLoss = Callable[[Any, Tensor], Tensor]
+Penalty = Callable[[nn.Module], Tensor]  # of the module in training
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,13 @@ class Objective:
         distillation: Distillation,
         label_loss: LabelLoss | None,
         dampen: float,
+        penalty: Penalty | None = None,
     ) -> None:
         self.model = model
         self.distillation = distillation
         self.label_loss = label_loss
         self.dampen = dampen
+        self.penalty = penalty
         pairs = distillation.pairs() if teacher is not None else []
         self.student = Student(model, [own for own, _ in pairs])
         self.teacher = teacher
@@ -138,6 +141,8 @@ class Objective:
             terms.append(self.distillation.feature_weight * of_features)
         if self.dampen and isinstance(self.model, TrainableModel):
             terms.append(self.dampen * self.model.dampening())
+        if self.penalty is not None and self.model.training:
+            terms.append(self.penalty(self.model))
         return torch.stack([term.reshape(()) for term in terms]).sum(), found.detach()
 
     def _labelled(self, output: Any, found: Tensor, labels: Tensor | None, index: int) -> Tensor:
