@@ -125,7 +125,9 @@ def test_files_that_are_missing_damaged_or_of_another_kind(tmp_path: Path) -> No
     refused(tmp_path / "no.onnx", r"no\.onnx' does not exist: expected a module")
     refused(tmp_path, "holds no .safetensors file, expected a saved model")
     (tmp_path / "a.pt").write_bytes(b"x")
-    refused(tmp_path / "a.pt", r"a\.pt' is neither \.onnx, \.fewbit nor \.safetensors: other files are not opened")
+    refused(
+        tmp_path / "a.pt", r"a\.pt' is neither \.onnx, \.fewbit nor \.safetensors: other files are not opened"
+    )
     save_file({"a": torch.zeros(300)}, tmp_path / "a.safetensors")
     whole = (tmp_path / "a.safetensors").read_bytes()
     for damaged in (whole[:100], whole[:3], b"", b"\xff" * 64, whole[:8] + b"[" + whole[9:]):
