@@ -160,6 +160,15 @@ def test_a_float_file_is_inspected_without_an_input(tmp_path: Path) -> None:
     assert shown.exit_code == 0 and "0.bias" in shown.output
 
 
+def test_commands_read_and_write_it(tmp_path: Path) -> None:
+    net, q = tmp_path / "net.fewbit", tmp_path / "q.fewbit"
+    fewbit.save(read(nn.Sequential(nn.Linear(8, 6)), (torch.randn(2, 8),)), net)
+    command = ["quantize", str(net), "-o", str(q), "--shape", "2,8", "--set", "activations=float"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert fewbit.load(q).qtensors["0.weight"].scheme.format == "int8"  # type: ignore[union-attr,index]
+
+
 def test_small_networks_have_little_beside_their_weights(tmp_path: Path) -> None:
     """LeNet-300-100 with random weights: what is no weight and no bias takes 1.5 kB at most."""
     torch.manual_seed(0)

@@ -197,6 +197,19 @@ def test_huffman_codes_end_where_their_512_symbols_do() -> None:
         registry.module("huffman").decode(stream.table, moved, stream.n)
 
 
+def test_a_panic_of_the_library_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """As Rust's: not an Exception."""
+
+    def panic(share: np.ndarray) -> None:
+        raise PanicException("out of range")
+
+    stream = by("ans", drawn(50, 3.0) + np.uint8(100))
+    monkeypatch.setattr(registry.module("ans"), "_model", panic)
+    with pytest.raises(FormatError, match="damaged"):
+        stream.decode()
+
+
 @settings(max_examples=50)
 @given(value=st.integers(0, 2**49 - 1))
 def test_numbers(value: int) -> None:

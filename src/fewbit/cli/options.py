@@ -13,12 +13,14 @@ from fewbit.errors import ModelError
 MODEL = Annotated[
     str,
     typer.Argument(
-        help="A .keras, .h5 or .onnx file, `module:factory` that gives an nn.Module, or a saved folder."
+        help="A .keras, .h5, .onnx or .fewbit file, `module:factory` that gives an nn.Module, or a saved folder."
     ),
 ]
 RUNNABLE = Annotated[
     str,
-    typer.Argument(help="A file of any runtime, a .keras or .h5 file, a saved folder, or `module:factory`."),
+    typer.Argument(
+        help="A file of any runtime, a .keras, .h5 or .fewbit file, a saved folder, or `module:factory`."
+    ),
 ]
 WEIGHTS = Annotated[Path | None, typer.Option(help="safetensors file with the factory's weights.")]
 SHAPE = Annotated[

@@ -51,7 +51,16 @@ def decode(table: bytes, payload: bytes, n: int) -> np.ndarray:
         raise FormatError("entropy-coded data that are no whole words found: the data are damaged")
     coder = stream.stack.AnsCoder(np.frombuffer(payload, "<u4").astype(np.uint32))
     used = np.flatnonzero(weights)
-    index = coder.decode(_model(shares(weights)[used]), n)
+    try:
+        index = coder.decode(_model(shares(weights)[used]), n)
+    except BaseException as error:
+        if (
+            type(error).__name__ != "PanicException"
+        ):  # Rust's, which is no Exception: nobody else would catch it
+            raise
+        raise FormatError(
+            "entropy-coded data that the coder cannot read found: the data are damaged"
+        ) from None
     if not coder.is_empty():
         raise FormatError("entropy-coded data do not end where they began: the data are damaged")
     found = index.astype(np.uint8)
