@@ -59,7 +59,9 @@ def main() -> int:
     for multiple in (8, 16, 1):
         name = f"fewbit, 1/{SPEEDUP:g} of the MACs, multiple={multiple}"
         rows[name] = ours(model, example, folder / f"by{multiple}.onnx", speedup=SPEEDUP, multiple=multiple)
-    judged = f"fewbit, 1/{SPEEDUP:g} of the MACs, multiple=16"  # a block of ONNX Runtime's kernels with AVX-512
+    judged = (
+        f"fewbit, 1/{SPEEDUP:g} of the MACs, multiple=16"  # a block of ONNX Runtime's kernels with AVX-512
+    )
     whole = latency.interleaved({"original": rows["original"]["file"]}, example.numpy(), 1, 3.0)
     goal = 0.5 * whole["original"]["median_ms"]
     budgeted = f"fewbit, latency={goal:.2f} ms"
