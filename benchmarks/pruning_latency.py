@@ -59,7 +59,9 @@ def main() -> int:
     for multiple in (8, 16, 1):
         name = f"fewbit, 1/{SPEEDUP:g} of the MACs, multiple={multiple}"
         rows[name] = ours(model, example, folder / f"by{multiple}.onnx", speedup=SPEEDUP, multiple=multiple)
-    judged = f"fewbit, 1/{SPEEDUP:g} of the MACs, multiple=8"
+    judged = (
+        f"fewbit, 1/{SPEEDUP:g} of the MACs, multiple=16"  # a block of ONNX Runtime's kernels with AVX-512
+    )
     whole = latency.interleaved({"original": rows["original"]["file"]}, example.numpy(), 1, 3.0)
     goal = 0.5 * whole["original"]["median_ms"]
     budgeted = f"fewbit, latency={goal:.2f} ms"
@@ -88,7 +90,7 @@ def main() -> int:
         np.median(np.array(found[budgeted]["times_ms"]) / np.array(found["original"]["times_ms"]))
     )
     bars = [
-        table.bar(f"latency ratio >= {BAR:.0%} of the MAC ratio, multiple=8", fast >= BAR, f"{fast:.0%}"),
+        table.bar(f"latency ratio >= {BAR:.0%} of the MAC ratio, multiple=16", fast >= BAR, f"{fast:.0%}"),
         table.bar(
             "pruned to half the latency: within 5 % of it when timed again",
             reached <= 0.525,
