@@ -40,13 +40,13 @@ NETWORKS = {"lenet-300-100": lenet_300_100, "lenet-5": lenet_5}
 
 
 def moved(inputs: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
-    """All pictures of a batch moved by the same up to two pixels, a quarter of them each their own way."""
+    """Each quarter of a batch's pictures moved its own way, by up to a pixel."""
     (x,) = inputs
     parts = []
     for part in x.chunk(4):
-        down, right = torch.randint(-2, 3, (2,), generator=generator).tolist()
-        padded = nn.functional.pad(part, (2, 2, 2, 2))
-        parts.append(padded[:, :, 2 + down : 30 + down, 2 + right : 30 + right])
+        down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
+        padded = nn.functional.pad(part, (1, 1, 1, 1))
+        parts.append(padded[:, :, 1 + down : 29 + down, 1 + right : 29 + right])
     return (torch.cat(parts),)
 
 

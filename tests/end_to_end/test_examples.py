@@ -81,8 +81,12 @@ def test_mnist_mlp(run: Run, keras: Any, tmp_path: Path, capsys: pytest.CaptureF
     found = run("mnist_mlp")
     assert abs(found["lost"]) <= 0.3 and found["bytes"] == (tmp_path / "mnist.int8.tflite").stat().st_size
     lines = capsys.readouterr().out.splitlines()
-    assert sum("loss" in line and "accuracy" in line for line in lines) == 3
-    assert lines[-1] == f"lost by 8 bits: {found['lost']:.2f} points of accuracy (500 pictures)"
+    assert sum("loss" in line and "accuracy" in line for line in lines) == 4
+    assert (
+        lines[-1].startswith(f"lost by 8 bits: {found['lost']:.2f}, by pruning")
+        and "(500 pictures)" in lines[-1]
+    )
+    assert found["times"] > 8 and (tmp_path / "mnist.fewbit").stat().st_size < 8000
 
 
 def test_lenet_two_runtimes(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
