@@ -24,8 +24,8 @@ EPOCHS = {"short": 15, "full": 100}
 BARS = {"short": {2.1: 92.5}, "full": {2.1: 93.3, 2.57: 93.0}}
 SEEN = 2048  # training images, for the criterion and for the fit
 COMMON = {
-    "optimizer": "sgd", "lr": 0.02, "weight_decay": 1e-4, "batch_size": 128, "augment": "images",
-    "precision": "bfloat16",
+    "optimizer": "sgd", "lr": 0.04, "weight_decay": 2e-4, "batch_size": 128, "augment": "images",
+    "precision": "bfloat16", "distill": fewbit.Distillation("kd", temperature=4.0),
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ NETWORK = "resnet20"
 SEEN = 1024  # training images, for criteria and for the fit
 CASES = {"50 %": {"sparsity": 0.5}, "70 %": {"sparsity": 0.7}, "2:4": {"structure": "2:4"}}
 MOST_LOST = {"50 %": 0.5, "70 %": 3.0, "2:4": 0.8, "90 % trained": 1.0}  # points
-BEST = "obc"
+BEST = "magnitude"
 EPOCHS, STEPS = 5, 4
 COMMON = {
     "optimizer": "sgd", "lr": 0.02, "weight_decay": 1e-4, "batch_size": 128, "augment": "images",
@@ -66,9 +66,7 @@ def trained(train: tuple[Tensor, Tensor], seed: int) -> nn.Module:
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "model").exists():
         return fewbit.load(folder / "model")
-    small = fewbit.prune(
-        teacher, data=data, sparsity=0.9, criterion="obs", steps=STEPS, train=learn, seed=seed
-    )
+    small = fewbit.prune(teacher, data=data, sparsity=0.9, steps=STEPS, train=learn, seed=seed)
     fewbit.save(small, folder / "model")
     kept.write_text(json.dumps({"sparsity": small.meta["sparsity"].share}))
     return small

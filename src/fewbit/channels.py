@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from fewbit.errors import ModelError, RecipeError
 from fewbit.evaluation.size import size_by_tensor
 from fewbit.latency_budget import MULTIPLE, LatencyBudget
 from fewbit.model.graph import in_eval_mode
-from fewbit.normalise import standard
+from fewbit.normalise import retrained
 from fewbit.progress import shown
 from fewbit.pruned import Kept, Pruning
 from fewbit.pruning.allocation import Bounds, Scope, allocate
@@ -45,14 +46,20 @@ class Thinning:
     ignore: tuple[str, ...]
     steps: int
     loss: Loss | None = None
-    train: Callable[[nn.Module], nn.Module] | None = None
+    train: Callable[[nn.Module], Any] | None = None
 
     def __post_init__(self) -> None:
         name, value = self.budget
-        if value <= 0 or (name == "speedup" and value < 1):
+        if not 0 < value < math.inf or (name == "speedup" and value < 1):
             raise RecipeError(
                 f"{name}={value:g}: expected {'at least 1' if name == 'speedup' else 'a positive number'}"
             )
+        self.check()
+
+    def check(self) -> None:
+        """RecipeError for an unknown criterion, or bounds that cannot be."""
+        needs(self.criterion)
+        Bounds(self.least, self.multiple or 1)
 
     @property
     def sees(self) -> frozenset[str]:
@@ -105,8 +112,9 @@ def thinned(
         _check(c, gone, smaller, examples)
         if repair:
             refit(c, gone, smaller, batches or (), progress)
-        gm = smaller if how.train is None else standard(how.train(smaller), examples)
+        gm = smaller if how.train is None else retrained(how.train, smaller, examples)
     last = couple(gm)
+    gm.meta.pop("sparsity", None)  # what it says was of other shapes
     gm.meta["pruning"] = Pruning(
         macs_without(first, set()) // samples, macs_without(last, set()) // samples,
         parameters_without(first, set()), parameters_without(last, set()), _kept(first, last),

@@ -13,24 +13,28 @@ from torch.fx import GraphModule
 from fewbit.data import Batch
 from fewbit.model.graph import in_eval_mode
 from fewbit.pruning.evidence import Loss, cross_entropy, differentiable
-from fewbit.statistics import input_patches
-
-SEEN_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from fewbit.statistics import LAYERS, input_patches
 
 
 class Seen:
     """Sums over data for the weights of some layers; see ``fewbit.pruning.saliency.Weight`` for what they mean."""
 
     def __init__(self) -> None:
+        self.inputs: dict[str, Tensor] = {}
         self.hessians: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
         self._places: dict[str, int] = {}
 
-    def add_inputs(self, layer: str, generator: torch.Generator, module: nn.Module, inputs: Any) -> None:
+    def add_inputs(
+        self, layer: str, whole: bool, generator: torch.Generator, module: nn.Module, inputs: Any
+    ) -> None:
         for patches in input_patches(module, inputs[0].detach(), generator):
             patches = patches.double()
-            self.hessians[layer] = self.hessians.get(layer, 0) + patches.mT @ patches
+            if whole:
+                self.hessians[layer] = self.hessians.get(layer, 0) + patches.mT @ patches
+            else:
+                self.inputs[layer] = self.inputs.get(layer, 0) + patches.square().sum(1)
             self._places[layer] = self._places.get(layer, 0) + patches.shape[1]
 
     def watch_output(self, layer: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -45,7 +49,7 @@ class Seen:
     def finish(self, samples: int, batches: int) -> None:
         """Sums become means."""
         for layer, places in self._places.items():
-            self.hessians[layer] /= places
+            (self.hessians if layer in self.hessians else self.inputs)[layer] /= places
         for total in self.outputs.values():
             total /= samples
         for total in self.squares.values():
@@ -62,19 +66,20 @@ def see(
 ) -> Seen:
     """Run the model on batches, in eval mode.
 
-    ``weights``: their names; of layers without second moments of inputs none are taken. ``wanted``: any of "hessian"
-    and "gradients". ``loss``: the mean over a batch; by default the cross entropy to the labels, or without any to
-    classes drawn from the model's answers.
+    ``weights``: their names; of layers without second moments of inputs none are taken. ``wanted``: any of "inputs",
+    "hessian" and "gradients". ``loss``: the mean over a batch; by default the cross entropy to the labels, or without
+    any to classes drawn from the model's answers.
     """
     seen = Seen()
     layers = [name.rpartition(".")[0] for name in weights if name.endswith(".weight")]
     hooks = []
     for layer in dict.fromkeys(layers):
         module = gm.get_submodule(layer)
-        if not isinstance(module, SEEN_LAYERS):
+        if not isinstance(module, LAYERS):
             continue
-        if "hessian" in wanted:
-            hooks.append(module.register_forward_pre_hook(partial(seen.add_inputs, layer, generator)))
+        if {"inputs", "hessian"} & set(wanted):
+            add = partial(seen.add_inputs, layer, "hessian" in wanted, generator)
+            hooks.append(module.register_forward_pre_hook(add))
         if "gradients" in wanted:
             hooks.append(module.register_forward_hook(partial(seen.watch_output, layer)))
     samples = count = 0

@@ -1,14 +1,19 @@
 """The passes that a recipe asks for, in order: before the plan on the float graph, after rounding on the biases."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fewbit.data import Batches
-from fewbit.errors import CalibrationError, DataError
+from fewbit.errors import CalibrationError, DataError, ModelError
+from fewbit.model.graph import refresh
+from fewbit.model.readers import as_module
 from fewbit.model.readers.torch import read
+from fewbit.model.zeros import SPARSE, sparse_names, sparse_parameters
 from fewbit.passes import run
 from fewbit.plan import Recipe
 
@@ -21,6 +26,61 @@ def standard(model: nn.Module, examples: tuple[Tensor, ...]) -> GraphModule:
     gm = copy.deepcopy(model) if isinstance(model, GraphModule) else read(model, few)
     gm.eval()
     return gm
+
+
+def as_inputs(example: Any) -> tuple[Tensor, ...] | None:
+    """An example, or several in a tuple, as tensors of the graph's dtypes: floats in float32."""
+    if example is None:
+        return None
+    each = example if isinstance(example, tuple | list) else (example,)
+    tensors = (torch.as_tensor(x).detach().cpu() for x in each)
+    return tuple(x.float() if x.is_floating_point() else x for x in tensors)
+
+
+def as_graph(
+    model: Any, example: Any, batches: Batches | None = None
+) -> tuple[GraphModule, tuple[Tensor, ...]]:
+    """A model as a graph of our own, on the CPU, and a few inputs: those of ``example``, the data, or its own reading.
+
+    Raises ``DataError`` where there are none, ``ModelError`` for what is no model.
+    """
+    examples = as_inputs(example)
+    module = as_module(model, examples)
+    if examples is None and batches is not None:
+        examples = batches.peek()[0]
+    examples = examples or as_inputs(getattr(module, "meta", {}).get("example"))
+    if examples is None:
+        raise DataError(
+            "pruning follows channels through the model and needs an input: prune(model, example, ...), or data=..."
+        )
+    examples = tuple(x[:_READ_WITH] if x.dim() else x for x in examples)
+    gm = standard(module, examples).cpu()
+    refresh(gm, examples)
+    return gm, examples
+
+
+def retrained(
+    train: Callable[[nn.Module], Any], gm: GraphModule, examples: tuple[Tensor, ...]
+) -> GraphModule:
+    """What the user's training made of a graph, whose zeros must have stayed; None stands for the graph itself."""
+    zeros = {name: parameter == 0 for name, parameter in sparse_parameters(gm).items()}
+    names = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
+    made = train(gm)
+    again = standard(gm if made is None else as_module(made), examples).cpu()
+    found = dict(again.named_parameters(remove_duplicate=False))
+    if found.keys() != names:
+        raise ModelError(
+            f"train= gave a model without {sorted(names - found.keys())[:3]}: expected the network that it was given, "
+            "trained; take it out of what was put around it (.module, ._orig_mod)"
+        )
+    for name, gone in zeros.items():
+        if bool((found[name][gone] != 0).any()):
+            raise ModelError(
+                f"{name}: training moved zeros away: in a loop of your own, train inside of fewbit.hold_zeros(model)"
+            )
+    if zeros:
+        again.meta[SPARSE] = tuple(sparse_names(gm))
+    return again
 
 
 def moves_weights(recipe: Recipe) -> bool:

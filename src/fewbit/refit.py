@@ -19,13 +19,14 @@ from fewbit.model.zeros import sparse_names
 from fewbit.progress import shown
 from fewbit.pruning.coupling import Contraction, Coupling
 from fewbit.pruning.slicing import kept
-from fewbit.statistics import input_patches
+from fewbit.statistics import LAYERS, input_patches
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _RIDGE = 1e-2  # of the mean square of inputs, towards the weights as they were
 _ITERATIONS, _ACCURACY = 200, 1e-6
 _SAMPLES = 512
+_WIDEST = 8192  # inputs of an output, whose second moments are solved for
+_PLACES = 4096  # that are in float64 at a time
 _NUMBERS = 2**26  # of the largest tensor on all samples together; fewer samples are read where that is more
 
 
@@ -48,7 +49,8 @@ def refit(
 ) -> int:
     """Fit the weights of ``smaller``, which lacks the units ``gone`` of ``c.gm``; gives the number of fitted layers.
 
-    Linear layers and convolutions without groups, that are called once and share no weight. Up to 512 samples are read,
+    Linear layers and convolutions without groups, that are called once, share no weight and have at most 8,192 inputs
+    for an output; those at which nothing but zeros arrives stay as they are. Up to 512 samples are read,
     all of which go through both graphs together: fewer where a layer gives much. A constant that is left goes into the
     bias, or into the mean of the batch norm behind it.
     """
@@ -82,7 +84,9 @@ def _samples(gm: fx.GraphModule, batches: Iterable[Batch]) -> list[tuple[Tensor,
 
 def _fits(node: fx.Node, c: Coupling) -> bool:
     layer, name = module_of(node, c.gm), str(node.target)
-    if not isinstance(layer, _LAYERS) or getattr(layer, "groups", 1) > 1 or len(calls(c.gm, name)) > 1:
+    if not isinstance(layer, LAYERS) or getattr(layer, "groups", 1) > 1 or len(calls(c.gm, name)) > 1:
+        return False
+    if layer.weight[0].numel() > _WIDEST:
         return False
     return len(c.slot(f"{name}.weight").names) == 1
 
@@ -107,12 +111,17 @@ def _fit(
         old = torch.cat([old, torch.zeros(1, old.shape[1], dtype=torch.float64)])
     moments, products = torch.zeros(len(old), len(old), dtype=torch.float64), torch.zeros_like(old)
     for a, b in inputs:
-        before, after = _patches(whole, a), _patches(layer, b)
-        if shift is not None:
-            after = torch.cat([after, torch.ones(len(after), 1, dtype=torch.float64)], 1)
-        moments += after.T @ after
-        products += after.T @ (before @ goal)
+        for some, same in zip(
+            _patches(whole, a).split(_PLACES), _patches(layer, b).split(_PLACES), strict=True
+        ):
+            before, after = some.double(), same.double()
+            if shift is not None:
+                after = torch.cat([after, torch.ones(len(after), 1, dtype=torch.float64)], 1)
+            moments += after.T @ after
+            products += after.T @ (before @ goal)
     ridge = _RIDGE * moments.diagonal().mean()
+    if not ridge > 0:  # nothing but zeros arrives at the layer
+        return
     moments.diagonal().add_(ridge)
     products += ridge * old
     if f"{name}.weight" in sparse_names(smaller):
@@ -159,8 +168,8 @@ def solve_on(free: Tensor, moments: Tensor, products: Tensor, start: Tensor) -> 
 
 
 def _patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """The vectors that a layer multiplies: float64 [places, inputs]; the same places for inputs of the same sizes."""
-    return torch.cat([part[0].double() for part in input_patches(layer, x, torch.Generator().manual_seed(0))])
+    """The vectors that a layer multiplies: [places, inputs]; the same places for inputs of the same sizes."""
+    return torch.cat([part[0] for part in input_patches(layer, x, torch.Generator().manual_seed(0))])
 
 
 def _shift(gm: fx.GraphModule, name: str) -> tuple[Tensor, int] | None:

@@ -13,14 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit.errors import DataError, ModelError, RecipeError, TrainingError
-from fewbit.model.graph import refresh
-from fewbit.model.readers import as_module
-from fewbit.normalise import standard
+from fewbit.errors import ModelError, RecipeError, TrainingError
+from fewbit.normalise import as_graph
 from fewbit.pruning.criteria import parameters
 from fewbit.pruning.groups import couple, find_groups
 
-_FEW = 4  # samples that the model is read with
 _SMALLEST = 1e-12  # added to squares: the length of a unit at zero has no derivative
 
 
@@ -75,16 +72,7 @@ def group_lasso(
     """
     if strength <= 0 or growth < 1:
         raise RecipeError(f"strength={strength:g}, growth={growth:g}: expected more than 0, and at least 1")
-    examples = (example,) if isinstance(example, Tensor) else example
-    module = as_module(model, examples)
-    examples = examples or getattr(module, "meta", {}).get("example")
-    if examples is None:
-        raise DataError(
-            "channels are followed through the model, which needs an input: group_lasso(model, example)"
-        )
-    few = tuple(x[:_FEW] for x in examples)
-    gm = standard(module, few)
-    refresh(gm, few)
+    gm, _ = as_graph(model, example)
     groups = [group for group in find_groups(couple(gm)) if group.reason is None]
     if not groups:
         raise ModelError("the model has no channels that could leave: there is nothing to shrink")

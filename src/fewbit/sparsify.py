@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,10 @@ from torch.fx import GraphModule
 
 from fewbit.data import Batch, Batches
 from fewbit.errors import DataError, ModelError, RecipeError
-from fewbit.evidence import SEEN_LAYERS, Seen, see
+from fewbit.evidence import Seen, see
 from fewbit.model.graph import copy_graph
 from fewbit.model.zeros import SPARSE, sparse_names
-from fewbit.normalise import standard
+from fewbit.normalise import retrained
 from fewbit.progress import shown
 from fewbit.pruned import Sparsity, Zeros
 from fewbit.pruning.allocation import Scope
@@ -24,12 +25,14 @@ from fewbit.pruning.groups import couple
 from fewbit.pruning.patterns import Pattern, reached, thresholded
 from fewbit.pruning.saliency import Weight, needs, per_output, saliency
 from fewbit.refit import refit
+from fewbit.statistics import LAYERS
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_MULTIPLY = (*SEEN_LAYERS, *_TRANSPOSED, nn.RNNBase, nn.MultiheadAttention)
+_MULTIPLY = (*LAYERS, *_TRANSPOSED, nn.RNNBase, nn.MultiheadAttention)
 LEAST = 0.01
+_WIDEST = 8192  # inputs of an output, of which second moments are kept
 
-Train = Callable[[nn.Module], nn.Module]
+Train = Callable[[nn.Module], Any]
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,16 @@ class Sparsifying:
     rewind: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        reached(0.0, self.sparsity, 1, 1, self.schedule)
-        if not 0 < self.sparsity < 1 or self.sparsity > 1 - self.least:
+        if not isinstance(self.sparsity, int | float) or not 0 <= self.least < 1:
+            raise RecipeError(
+                f"sparsity={self.sparsity!r}, least={self.least!r}: expected the share of zeros, and one that stays"
+            )
+        if not 0 < self.sparsity <= 1 - self.least or self.sparsity == 1:
             raise RecipeError(
                 f"sparsity={self.sparsity:g}: expected more than 0 and at most {1 - self.least:g}, since least="
                 f"{self.least:g} of each layer stays"
             )
+        reached(0.0, self.sparsity, 1, 1, self.schedule)
         if self.steps > 1 and self.pattern.ratio is not None:
             raise RecipeError(f"steps={self.steps}: {self.pattern.structure} is reached in one step")
         if "training" in needs(self.criterion) and self.train is None:
@@ -81,7 +88,7 @@ class Sparsifying:
     @property
     def sees(self) -> frozenset[str]:
         """What the criterion has to see on data."""
-        return needs(self.criterion) & {"hessian", "gradients"}
+        return needs(self.criterion) - {"training"}
 
 
 def sparsified(
@@ -96,10 +103,10 @@ def sparsified(
     """The graph with the zeros that ``how`` asks for, which ``gm.meta["sparse"]`` names. Raises as ``fewbit.prune``."""
     generator = torch.Generator().manual_seed(seed)
     before: dict[str, Tensor] = {}
-    if "training" in needs(how.criterion):
-        before, gm = _trained(gm, how, examples)
+    if "training" in needs(how.criterion) and how.train is not None:
+        before, gm = _weights(gm), retrained(how.train, gm, examples)
     start = _share(gm, [site for site, reason in _sites(gm, how) if reason is None])
-    if start >= how.sparsity:
+    if start >= how.sparsity and how.pattern.ratio is None:
         raise RecipeError(f"sparsity={how.sparsity:g}: {start:.2%} of the weights are zero already")
     for step in range(1, how.steps + 1):
         share = reached(start, how.sparsity, step, how.steps, how.schedule)
@@ -112,7 +119,7 @@ def sparsified(
         elif repair:
             refit(couple(dense), set(), gm, batches or (), progress)
         if how.train is not None:
-            before, gm = _trained(gm, how, examples)
+            before, gm = _weights(gm), retrained(how.train, gm, examples)
     gm.meta["sparsity"] = _report(gm, how)
     return gm
 
@@ -135,8 +142,8 @@ def _sites(gm: GraphModule, how: Sparsifying) -> list[tuple[_Site, str | None]]:
 def _obstacle(site: _Site, module: nn.Module, gm: GraphModule, how: Sparsifying) -> str | None:
     if any(fnmatch(site.layer, pattern) for pattern in how.ignore):
         return "ignored"
-    if needs(how.criterion) & {"hessian"} and not isinstance(module, SEEN_LAYERS):
-        return f"{how.criterion!r} knows no second moments of what {type(module).__name__} reads"
+    if how.sees & {"inputs", "hessian"} and not isinstance(module, LAYERS):
+        return f"{how.criterion!r} does not see what {type(module).__name__} reads"
     return how.pattern.obstacle(site.of(gm))
 
 
@@ -158,11 +165,13 @@ def _masks(
         )
     seen = Seen()
     if how.sees:
+        _check_width(gm, sites, how)
         seen = see(gm, [s.name for s in sites], how.sees, _shown(batches, progress), generator, how.loss)
     scores = []
     for site in shown(sites, len(sites), "scoring weights", progress):
         scores.append(_scores(gm, site, how, seen, before, generator))
-    masks = _chosen(how, share, scores)
+    gone = [site.of(gm) == 0 if site.name in sparse_names(gm) else None for site in sites]
+    masks = _chosen(how, share, scores, gone)
     return {
         site.name: mask.transpose(0, 1) if site.transposed else mask
         for site, mask in zip(sites, masks, strict=True)
@@ -177,39 +186,53 @@ def _scores(
     before: Mapping[str, Tensor],
     generator: torch.Generator,
 ) -> Tensor:
-    value = site.of(gm)
-    if "hessian" in needs(how.criterion) and site.layer not in seen.hessians:
-        raise DataError(
-            f"{site.layer}: the data did not reach this layer: name it in ignore=, or give other data"
-        )
+    for kind, found, cure in (
+        ("hessian", seen.hessians, "the data did not reach this layer: give other data"),
+        ("inputs", seen.inputs, "the data did not reach this layer: give other data"),
+        ("gradients", seen.outputs, "the loss does not feel this layer: give loss=, which reads all outputs"),
+    ):
+        if kind in how.sees and how.sees & {"inputs", "hessian"} and site.layer not in found:
+            raise DataError(f"{site.layer}: {cure}, or name the layer in ignore=")
     weight = Weight(
-        value, generator, seen.hessians.get(site.layer), seen.outputs.get(site.layer),
-        site.turned(seen.squares.get(site.name)), site.turned(before.get(site.name)),
+        site.of(gm), generator, seen.inputs.get(site.layer), seen.hessians.get(site.layer),
+        seen.outputs.get(site.layer), site.turned(seen.squares.get(site.name)), site.turned(before.get(site.name)),
     )  # fmt: skip
-    found = saliency(how.criterion, weight)
-    if not bool(torch.isfinite(found).all()):
+    scores = saliency(how.criterion, weight)
+    if not bool(torch.isfinite(scores).all()):
         raise ModelError(
             f"{site.name}: criterion {how.criterion!r} is not finite there; look for NaN in the data"
         )
-    if site.name in sparse_names(gm):
-        found = found.masked_fill(value == 0, -torch.inf)  # what has left does not come back
-    return found
+    return scores
 
 
-def _chosen(how: Sparsifying, share: float, scores: list[Tensor]) -> list[Tensor]:
+def _check_width(gm: GraphModule, sites: Collection[_Site], how: Sparsifying) -> None:
+    for site in sites:
+        inputs = site.of(gm)[0].numel()
+        if "hessian" in how.sees and inputs > _WIDEST:
+            raise RecipeError(
+                f"{site.name}: its outputs have {inputs:,} inputs each, too many for the second moments that criterion "
+                f"{how.criterion!r} sees (at most {_WIDEST:,}): use 'wanda' or 'magnitude', or ignore= for the layer"
+            )
+
+
+def _chosen(how: Sparsifying, share: float, scores: list[Tensor], gone: list[Tensor | None]) -> list[Tensor]:
+    """Which numbers of each weight stay; ``gone``: those that have left before, which do not come back."""
     pattern = how.pattern
+    scores = [
+        each if left is None else each.masked_fill(left, 0.0 if pattern.structure == "block" else -torch.inf)
+        for each, left in zip(scores, gone, strict=True)
+    ]
     if pattern.ratio is not None:
         return [pattern.strongest(each) for each in scores]
+    units = [_with_least(pattern.units(each), how.least) for each in scores]
+    if pattern.structure == "block":
+        empty = [None if left is None else pattern.units(left.double()) == 1 for left in gone]
+        units = [u if e is None else u.masked_fill(e, -torch.inf) for u, e in zip(units, empty, strict=True)]
     if per_output(how.criterion) and pattern.structure == "unstructured":
-        return [
-            torch.stack(thresholded(list(each.flatten(1)), share, together=False)).reshape(each.shape)
-            for each in scores
-        ]
-    units = [pattern.units(each) for each in scores]
-    together = how.scope == "global" and not per_output(how.criterion)
-    if together:
-        units = [_with_least(each, how.least) for each in units]
-    kept = thresholded(units, share, together)
+        rows = [list(u.reshape(each.shape).flatten(1)) for u, each in zip(units, scores, strict=True)]
+        kept = [torch.cat(thresholded(each, share, together=False)) for each in rows]
+    else:
+        kept = thresholded(units, share, how.scope == "global" and not per_output(how.criterion))
     return [pattern.mask(some, each.shape) for some, each in zip(kept, scores, strict=True)]
 
 
@@ -227,9 +250,11 @@ def _apply(gm: GraphModule, masks: Mapping[str, Tensor]) -> None:
 
 
 def _rewind(gm: GraphModule, state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    """What stays goes back to what it was."""
-    own = gm.state_dict()
-    for name, value in own.items():
+    """What stays goes back to what it was; buffers that the state lacks are left as they are."""
+    parameters = dict(gm.named_parameters(remove_duplicate=False))
+    for name, value in {**parameters, **dict(gm.named_buffers())}.items():
+        if name not in state and name not in parameters:
+            continue
         if name not in state or state[name].shape != value.shape:
             found = "nothing" if name not in state else f"shape {tuple(state[name].shape)}"
             raise ModelError(
@@ -240,24 +265,8 @@ def _rewind(gm: GraphModule, state: Mapping[str, Tensor], masks: Mapping[str, Te
     _apply(gm, masks)
 
 
-def _trained(
-    gm: GraphModule, how: Sparsifying, examples: tuple[Tensor, ...]
-) -> tuple[dict[str, Tensor], GraphModule]:
-    """The weights as they were, and the graph after the user's training, whose zeros must have stayed."""
-    assert how.train is not None
-    names, report = sparse_names(gm), gm.meta.get("sparsity")
-    before = {name: p.detach().clone() for name, p in gm.named_parameters()}
-    trained = standard(how.train(gm), examples)
-    for name in names:
-        now = trained.get_parameter(name)
-        if bool((now[before[name] == 0] != 0).any()):
-            raise ModelError(
-                f"{name}: training moved zeros away: in a loop of your own, train inside of hold_zeros(model)"
-            )
-    trained.meta[SPARSE] = tuple(names)
-    if report is not None:
-        trained.meta["sparsity"] = report
-    return before, trained
+def _weights(gm: GraphModule) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in gm.named_parameters(remove_duplicate=False)}
 
 
 def _share(gm: GraphModule, sites: Collection[_Site]) -> float:

@@ -17,7 +17,7 @@ from fewbit.observers import weight_statistics
 from fewbit.plan import Plan, Row
 from fewbit.rounding import required_statistics
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MOST_BYTES = 2**31  # of statistics kept at a time; more take further passes over the data
 _WIDE = 1024  # inputs from which sums are kept in float32
 _MOST_PLACES = 2**15  # of one batch that a layer's statistics are taken from; of more, as many are drawn
@@ -37,7 +37,7 @@ def without_statistics(plan: Plan, gm: GraphModule) -> Plan:
     for row in plan.rows:
         asked = needed(row) if row.kind == "weight" else frozenset()
         layer, name = row.site.rsplit(".", 1) if asked else ("", "")
-        if asked and not (isinstance(gm.get_submodule(layer), _LAYERS) and name == "weight"):
+        if asked and not (isinstance(gm.get_submodule(layer), LAYERS) and name == "weight"):
             assert row.rounding is not None and row.observer is not None and row.scheme is not None
             rounding = row.scheme.spec.rounding if required_statistics(row.rounding) else row.rounding
             row = replace(
@@ -160,7 +160,7 @@ class Statistics:
         generator = torch.Generator().manual_seed(0)
         hooks = []
         for module in self.gm.modules():
-            if isinstance(module, _LAYERS) and id(module.weight) in owner:
+            if isinstance(module, LAYERS) and id(module.weight) in owner:
                 hooks.append(
                     module.register_forward_pre_hook(_hook(sums[owner[id(module.weight)]], generator))
                 )

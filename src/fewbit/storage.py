@@ -46,6 +46,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
     Raises ``ModelError`` for a model that cannot be saved and ``ArtifactError`` where the path cannot be written.
     """
     path = Path(path).absolute()
+    check_replaceable(path)
     if isinstance(model, TrainableModel):
         model = model.convert()
     if not isinstance(model, QuantizedModel | GraphModule):
@@ -53,12 +54,16 @@ def save(model: nn.Module, path: str | Path) -> Path:
             f"model is a {type(model).__name__}; only what fewbit.quantize or fewbit.load gave can be saved"
         )
     if path.suffix == single_file.SUFFIX:
-        _check_file_replaceable(path)
         data, tensors, _ = describe(model, plain_parts)
         _write_file(path, single_file.to_bytes(data, tensors))
         return path
-    _check_replaceable(path)
     return _save_folder(model, path)
+
+
+def check_replaceable(path: str | Path) -> None:
+    """Raise ``ArtifactError`` where ``save`` would not write to this path: before long work."""
+    path = Path(path).absolute()
+    (_check_file_replaceable if path.suffix == single_file.SUFFIX else _check_folder_replaceable)(path)
 
 
 def _save_folder(model: QuantizedModel | GraphModule, folder: Path) -> Path:
@@ -197,7 +202,7 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _check_replaceable(folder: Path) -> None:
+def _check_folder_replaceable(folder: Path) -> None:
     if not folder.parent.is_dir():
         raise ArtifactError(f"{folder}: the folder {folder.parent} does not exist; create it first")
     if not folder.exists() and not folder.is_symlink():

@@ -17,9 +17,10 @@ def weight(order: Tensor | None = None) -> Weight:
     x = draw(64, 8).double() @ draw(8, 8).double()
     outputs, squares = draw(6).double().square(), draw(6, 8).double().square()
     rows = torch.arange(6) if order is None else order
+    hessian = (x.T @ x / 64)[None]
     return Weight(
-        value[rows], torch.Generator().manual_seed(1), (x.T @ x / 64)[None], outputs[rows], squares[rows],
-        before[rows],
+        value[rows], torch.Generator().manual_seed(1), hessian.diagonal(dim1=1, dim2=2), hessian, outputs[rows],
+        squares[rows], before[rows],
     )  # fmt: skip
 
 

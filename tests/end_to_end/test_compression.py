@@ -95,6 +95,16 @@ def test_an_interrupted_call_goes_on(tmp_path: Path) -> None:
     assert len(calls) == 11, "only what was missing is trained"
     images, _ = pictures()
     assert torch.equal(again(images), whole(images))
+    kept: dict[str, Any] = {"folder": tmp_path / "kept", "resume": True}
+    with pytest.raises(RecipeError, match="1-prune: kept for another"):
+        fewbit.compress(
+            net(), pictures(), **{**options, **kept, "recipe": steps({**PRUNE, "sparsity": 0.8}, CODES)}
+        )
+    other = net()
+    with torch.no_grad():
+        other.get_parameter("1.bias").add_(1.0)
+    with pytest.raises(RecipeError, match="1-prune: kept for another"):
+        fewbit.compress(other, pictures(), **options, **kept)
 
 
 def test_what_cannot_be_is_refused_first(tmp_path: Path) -> None:
@@ -117,5 +127,10 @@ def test_what_cannot_be_is_refused_first(tmp_path: Path) -> None:
         (tmp_path / "bad.toml").write_text(text)
         with pytest.raises(RecipeError, match=rf"bad\.toml: {message}"):
             fewbit.compress(net(), pictures(), recipe=tmp_path / "bad.toml")
+    refused("step 1: sparsity='0.5'", {"do": "prune", "sparsity": "0.5"})
+    refused("step 2: unknown criterion", CODES, {"do": "prune", "speedup": 2.0, "criterion": "nope"})
+    refused("training without epochs", {"do": "prune", "sparsity": 0.5, "training": {"lr": 1e-3}})
+    with pytest.raises(fewbit.FewbitError, match="quantized already"):
+        fewbit.compress(fewbit.quantize(net(), pictures()[0]), pictures(), recipe={"steps": [PRUNE]})
     with pytest.raises(DataError, match="many times"):
         fewbit.compress(net(), iter([pictures()]), recipe=steps(PRUNE))

@@ -211,7 +211,9 @@ def test_lottery_tickets_go_back_to_where_they_began(trained: nn.Module) -> None
     left = [1 - float((state["one.weight"] == 0).float().mean()) for state in states]
     assert left[1] < left[0] and small.meta["sparsity"].share == pytest.approx(0.5, abs=0.01)
     with pytest.raises(ModelError, match=r"rewind: stem.weight has shape"):
-        fewbit.prune(trained, data=pictures(), sparsity=0.5, train=train, rewind=nn.Linear(2, 2))
+        fewbit.prune(
+            trained, data=pictures(), sparsity=0.5, train=train, rewind={"stem.weight": torch.zeros(2)}
+        )
 
 
 def test_recurrent_and_shared_weights() -> None:
@@ -229,7 +231,7 @@ def test_recurrent_and_shared_weights() -> None:
             y: Tensor = self.out(self.rnn(self.words(x))[0])
             return y
 
-    small = fewbit.prune(Text().eval(), torch.randint(20, (2, 5)), sparsity=0.5)
+    small = fewbit.prune(Text().eval(), torch.randint(20, (2, 5)), sparsity=0.5, train=lambda model: model)
     names = {each.weight for each in small.meta["sparsity"].weights}
     assert names == {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "out.weight"}
     assert small.get_parameter("out.weight") is small.get_parameter("words.weight")
@@ -252,6 +254,14 @@ def test_recurrent_and_shared_weights() -> None:
         ({"sparsity": 0.5, "ignore": ("nothing",)}, "matches no layer"),
         ({"sparsity": 0.5, "ignore": ("*",)}, "no weight of the model can be sparse"),
         ({"structure": "block", "sparsity": 0.5, "block": (0, 4)}, "how many outputs and inputs"),
+        ({"structure": "block", "sparsity": 0.5, "block": 4}, "how many outputs and inputs"),
+        ({"sparsity": 0.5, "least": -1}, "the share of zeros"),
+        ({"sparsity": "0.5"}, "the share of zeros"),
+        ({"sparsity": 0.5, "multiple": 8}, "multiple: not for"),
+        ({"sparsity": 0.5, "block": (2, 2)}, "block: not for"),
+        ({"speedup": 2.0, "schedule": "linear"}, "schedule: for single weights"),
+        ({"speedup": float("nan")}, "expected at least 1"),
+        ({"macs": float("inf")}, "a positive number"),
     ],
 )
 def test_what_cannot_be_is_refused(trained: nn.Module, options: dict[str, Any], message: str) -> None:
@@ -283,3 +293,93 @@ def test_other_bad_input(trained: nn.Module) -> None:
         broken.get_parameter("one.weight")[0, 0, 0, 0] = torch.nan
     with pytest.raises(ModelError, match=r"one.weight holds nan"):
         fewbit.prune(broken, images[:1], sparsity=0.5)
+
+
+def test_a_layer_at_which_nothing_arrives(trained: nn.Module) -> None:
+    """Nothing can be fitted there, and nothing must break."""
+    dead = nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 4)
+    )
+    with torch.no_grad():
+        dead[0].bias.fill_(-1e3)
+    x = torch.rand(64, 8)
+    for budget in ({"sparsity": 0.5}, {"speedup": 2.0}):
+        small = fewbit.prune(dead.eval(), data=x, **budget)
+        assert all(bool(p.isfinite().all()) for p in small.parameters())
+    assert fewbit.prune(dead, data=x, sparsity=0.5).meta["sparsity"].share == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"criterion": "wanda"},
+        {"scope": "uniform"},
+        {"scope": "uniform", "structure": "block", "block": (8, 1)},
+    ],
+)
+def test_no_layer_is_emptied(options: dict[str, Any]) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(288, 4)
+    ).eval()
+    small = fewbit.prune(net, data=torch.rand(32, 1, 8, 8), sparsity=0.95, **options)
+    assert all(each.nonzero > 0 for each in small.meta["sparsity"].weights)
+
+
+def test_structures_on_top_of_each_other(trained: nn.Module) -> None:
+    images, _ = pictures()
+    half = fewbit.prune(trained, images[:1], sparsity=0.5)
+    blocks = fewbit.prune(
+        half, images[:1], sparsity=0.75, structure="block", scope="uniform", ignore=("stem", "back", "head")
+    )
+    weight = half.get_parameter("one.weight").detach().abs().reshape(6, 4, 4, 4, 9).mean((1, 3))
+    kept = (blocks.get_parameter("one.weight").reshape(6, 4, 4, 4, 9) != 0).any(3).any(1)
+    assert float(weight[kept].min()) >= float(weight[~kept].max())
+    assert bool((blocks.get_parameter("one.weight")[half.get_parameter("one.weight") == 0] == 0).all())
+    pairs = fewbit.prune(half, images[:1], structure="2:4", ignore=("stem",))
+    assert pairs.meta["sparsity"].share >= 0.5
+    fewer = fewbit.prune(half, images[:1], speedup=1.3)
+    assert "sparsity" not in fewer.meta and fewer.meta["sparse"] == half.meta["sparse"]
+
+
+def test_inputs_and_outputs_of_other_kinds(trained: nn.Module) -> None:
+    images, labels = pictures()
+    wide = copy.deepcopy(trained).double()
+    assert fewbit.prune(wide, images[:2].double(), sparsity=0.5).meta["sparsity"].share > 0.49
+    assert fewbit.prune(trained, images[:2].numpy(), speedup=1.5).meta["pruning"].macs > 0
+
+    class Named(nn.Module):
+        def __init__(self, heads: int) -> None:
+            super().__init__()
+            self.body, self.heads = nn.Linear(64, 16), nn.ModuleList(nn.Linear(16, 4) for _ in range(heads))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            y = torch.relu(self.body(x.flatten(1)))
+            return {str(i): head(y) for i, head in enumerate(self.heads)}
+
+    fewbit.prune(Named(1).eval(), data=(images, labels), sparsity=0.5, criterion="taylor")
+    with pytest.raises(DataError, match=r"heads\.1: the loss does not feel this layer"):
+        fewbit.prune(Named(2).eval(), data=(images, labels), sparsity=0.5, criterion="obs")
+    one = nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).eval()
+    with pytest.raises(DataError, match="no classes on its last axis"):
+        fewbit.prune(one, data=images, sparsity=0.5, criterion="taylor")
+    with pytest.raises(DataError, match="several times"):
+        fewbit.prune(trained, images[:1], data=iter([images[:8]]), sparsity=0.5, criterion="wanda")
+
+
+def test_what_training_may_give_back(trained: nn.Module) -> None:
+    images, _ = pictures()
+
+    def in_place(model: nn.Module) -> None:
+        with torch.no_grad():
+            model.get_parameter("head.bias").add_(1.0)
+
+    small = fewbit.prune(trained, images[:1], sparsity=0.5, train=in_place)
+    assert torch.equal(small.get_parameter("head.bias"), trained.get_parameter("head.bias") + 1)
+    with pytest.raises(ModelError, match=r"train= gave a model without .*\.module"):
+        fewbit.prune(trained, images[:1], sparsity=0.5, train=nn.Sequential)
+    with pytest.raises(ModelError, match="no weights known to be sparse"), hold_zeros(trained):
+        pass
+    sparse = fewbit.prune(trained, images[:1], sparsity=0.5)
+    fewer = fewbit.prune(sparse, data=pictures(), speedup=1.3, train=learn)
+    assert fewer.meta["sparse"] == sparse.meta["sparse"]
+    assert float((fewer.get_parameter("one.weight") == 0).float().mean()) > 0.2

@@ -46,7 +46,7 @@ def best_without(w: Tensor, h: Tensor, free: Tensor) -> tuple[Tensor, float]:
 def test_optimal_brain_surgeon_is_the_cost_of_leaving_with_the_others_fitted() -> None:
     w, h = layer()
     importance = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
-    found = saliency("obs", Weight(w, torch.Generator(), h[None], importance))
+    found = saliency("obs", Weight(w, torch.Generator(), hessian=h[None], outputs=importance))
     for o, i in itertools.product(range(3), range(6)):
         free = torch.arange(6) != i
         expected = best_without(w[o].double(), damped(h), free)[1] * (3.5 / 3)
@@ -55,7 +55,7 @@ def test_optimal_brain_surgeon_is_the_cost_of_leaving_with_the_others_fitted() -
 
 def test_optimal_brain_compression_takes_the_cheapest_each_time() -> None:
     w, h = layer()
-    found = saliency("obc", Weight(w, torch.Generator(), h[None]))
+    found = saliency("obc", Weight(w, torch.Generator(), hessian=h[None]))
     for o in range(3):
         row, free, last = w[o].double(), torch.ones(6, dtype=torch.bool), 0.0
         costs, most = torch.zeros(6, dtype=torch.float64), 0.0
@@ -85,8 +85,8 @@ def test_wanda_by_definition() -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(40, 5, generator=generator)
     net = nn.Sequential(nn.Linear(5, 4))
-    seen = see(read(net, (x[:2],)), ["0.weight"], ["hessian"], [((x,), None)], generator)
-    found = saliency("wanda", Weight(net[0].weight.detach(), generator, seen.hessians["0"]))
+    seen = see(read(net, (x[:2],)), ["0.weight"], ["inputs"], [((x,), None)], generator)
+    found = saliency("wanda", Weight(net[0].weight.detach(), generator, seen.inputs["0"]))
     expected = net[0].weight.detach().abs() * x.square().mean(0).sqrt()
     assert torch.allclose(found.float(), expected, rtol=1e-5)
 

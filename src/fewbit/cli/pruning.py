@@ -78,8 +78,10 @@ def prune(
     from fewbit.data import as_batches
     from fewbit.deploy import export
     from fewbit.slimming import prune as run
-    from fewbit.storage import save
+    from fewbit.storage import check_replaceable, save
 
+    if not is_artifact(str(output)):
+        check_replaceable(output)
     whole = model_of(model, weights)
     example = example_of(shape)
     budget: dict[str, Any] = {"speedup": speedup, "macs": macs, "parameters": parameters, "latency": latency,
@@ -89,18 +91,10 @@ def prune(
         whole, example, criterion=criterion, data=None if data is None else str(data), steps=steps,
         ignore=tuple(names_of(ignore)), seed=seed, **budget, **settings,
     )  # fmt: skip
-    found = "pruning" if "sparsity" not in small.meta else "sparsity"
+    found = "pruning" if sparsity is None and structure in (None, "channels") else "sparsity"
     report = small.meta[found]
     answer: dict[str, Any] = {"path": str(output), found: report.to_json()}
     lines = [str(report)]
-    if plot is not None:
-        report.plot(plot)
-    if test is not None:
-        from fewbit.comparison import compare
-
-        compared = compare(whole, small, example, test=str(test))
-        answer["comparison"] = compared.to_json()
-        lines.append(str(compared))
     if is_artifact(str(output)):
         if example is None and data is not None:
             example = as_batches(str(data), what="pruning").peek()[0]
@@ -110,4 +104,12 @@ def prune(
     else:
         save(small, output)
         lines.append(f"{output}: saved")
+    if plot is not None:
+        report.plot(plot)
+    if test is not None:
+        from fewbit.comparison import compare
+
+        compared = compare(whole, small, example, test=str(test))
+        answer["comparison"] = compared.to_json()
+        lines.append(str(compared))
     show(answer, "\n".join(lines), as_json)

@@ -99,9 +99,11 @@ def compress(
     from fewbit.deploy import export
     from fewbit.evaluation.size import size_by_tensor
     from fewbit.plan import Steps
-    from fewbit.storage import save
+    from fewbit.storage import check_replaceable, save
 
     steps = Steps.load(recipe)
+    if not is_artifact(str(output)):
+        check_replaceable(output)
     small = run(
         model_of(model, weights), str(train), recipe=steps, augment="images" if augment else None, folder=folder,
         resume=folder is not None, seed=seed,

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fewbit.errors import RecipeError
+from fewbit.errors import ModelError, RecipeError
 
 SPARSE = "sparse"
 
@@ -42,8 +42,13 @@ def hold_zeros(model: nn.Module) -> Iterator[None]:
     """While this is entered, the zeros of a model's sparse weights get no gradient: every optimizer leaves them zero.
 
     For training loops of one's own; ``fewbit.finetune`` does it itself. The optimizer has to be new, since a momentum
-    from before would go on moving them.
+    from before would go on moving them. Raises ModelError for a model that has no weights known to be sparse.
     """
+    if not sparse_names(model):
+        raise ModelError(
+            f"a {type(model).__name__} with no weights known to be sparse: give the graph that fewbit.prune(..., "
+            "sparsity=...), finetune or load gave, not a module that its weights were copied to"
+        )
     parameters = {id(p): p for p in sparse_parameters(model).values() if p.requires_grad}
     handles = [p.register_hook(partial(_without, p.detach() == 0)) for p in parameters.values()]
     try:

@@ -20,7 +20,9 @@ from fewbit.passes._layers import (
 )
 
 PRESERVES = "The outputs in eval mode up to float32 rounding, and every layer but the folded batch norms."
-TOLERANCE = 1e-4
+TOLERANCE = (
+    1e-3  # channels with next to no variance, as pruning leaves them, multiply float32 rounding errors
+)
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from fewbit.data import Batch
 from fewbit.errors import DataError
@@ -61,7 +62,12 @@ def cross_entropy(output: Any, target: Any, generator: torch.Generator) -> Tenso
 
     Raises DataError for labels that are no such classes.
     """
-    logits = output[0] if isinstance(output, tuple | list) else output
+    logits = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), torch.empty(0))
+    if logits.dim() < 2 or logits.shape[-1] < 2 or (target is None and logits.dim() > 3):
+        raise DataError(
+            f"pruning data: the model's first output has shape {tuple(logits.shape)}, which has no classes on its last "
+            "axis: give loss=, a function of output and labels"
+        )
     rows = logits.flatten(0, -2)
     if target is None:
         return F.cross_entropy(

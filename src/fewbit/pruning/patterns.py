@@ -29,7 +29,12 @@ class Pattern:
 
     def __post_init__(self) -> None:
         if self.structure in ("unstructured", "block"):
-            if len(self.block) != 2 or min(self.block) < 1:
+            block = self.block
+            if (
+                not isinstance(block, tuple | list)
+                or len(block) != 2
+                or not all(type(n) is int and n > 0 for n in block)
+            ):
                 raise RecipeError(f"block={self.block!r}: expected how many outputs and inputs make a block")
             return
         found = _N_M.fullmatch(self.structure)
@@ -89,7 +94,8 @@ def _blocks(x: Tensor, block: tuple[int, int]) -> Tensor:
 def thresholded(scores: list[Tensor], share: float, together: bool) -> list[Tensor]:
     """Which units stay so that ``share`` of all leave: the lowest of all together, or of each tensor.
 
-    ``scores``: float64 [units] each. Gives bool [units] each; ties are decided by position.
+    ``scores``: float64 [units] each; those that are infinite stay, and so does one of each tensor, or of all together.
+    Gives bool [units] each; ties are decided by position.
     """
     if not together:
         return [_highest(each, round(share * len(each))) for each in scores]
@@ -99,6 +105,7 @@ def thresholded(scores: list[Tensor], share: float, together: bool) -> list[Tens
 
 def _highest(scores: Tensor, leave: int) -> Tensor:
     kept = torch.ones(len(scores), dtype=torch.bool)
+    leave = min(leave, len(scores) - max(int(torch.isposinf(scores).sum()), 1))
     kept[scores.argsort(stable=True)[:leave]] = False
     return kept
 

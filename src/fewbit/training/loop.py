@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ class Trainer:
         if settings.compile:
             self.student.compile()
         board = Board(settings.folder if self.processes.first else None)
-        with hold_zeros(self.model):
+        with hold_zeros(self.model) if sparse_names(self.model) else nullcontext():
             best = self._epochs(board, path, best)
         board.close()
         self._finish(whole, best)

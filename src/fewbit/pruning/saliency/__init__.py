@@ -1,6 +1,6 @@
 """How much a model needs each single weight: one criterion a file, with a function `scores`.
 
-A file says in `NEEDS` what it has to see on data (any of "hessian", "gradients" and "training"), and in `PER_OUTPUT`
+A file says in `NEEDS` what it has to see on data ("inputs", "hessian", "gradients", "training"), and in `PER_OUTPUT`
 that only the weights of one output are to be compared with each other; else scores are compared across layers.
 """
 
@@ -22,7 +22,8 @@ class Weight:
 
     Attributes:
         value: the weight.
-        hessian: float64 [groups, I, I], the mean product of what two of an output's I weights multiply.
+        inputs: float64 [groups, I], the mean square of what each of an output's I weights multiplies.
+        hessian: float64 [groups, I, I], the mean product of what two of them multiply.
         outputs: float64 [outputs], the mean over samples of the squared gradients of the loss at the outputs' sums,
             summed over places.
         squares: in the weight's shape, the mean over batches of the loss's squared gradient.
@@ -32,15 +33,15 @@ class Weight:
 
     value: Tensor
     generator: torch.Generator
+    inputs: Tensor | None = None
     hessian: Tensor | None = None
     outputs: Tensor | None = None
     squares: Tensor | None = None
     before: Tensor | None = None
 
-    def rows(self) -> Tensor:
-        """Float64 [groups, outputs / groups, I]."""
-        assert self.hessian is not None
-        return self.value.detach().double().reshape(len(self.hessian), -1, self.hessian.shape[1])
+    def rows(self, seen: Tensor) -> Tensor:
+        """The weight by groups of outputs: float64 [groups, outputs / groups, I]; ``seen``: [groups, I, ...]."""
+        return self.value.detach().double().reshape(len(seen), -1, seen.shape[1])
 
     def importance(self) -> float:
         """How much a squared error of a sum costs, the mean over outputs: each alone is seen in too few samples."""

@@ -20,7 +20,8 @@ def scores(weight: Weight) -> Tensor:
 
     Raises RecipeError for a layer so large that it would take hours.
     """
-    rows, inverse = weight.rows(), weight.inverse(_DAMPING)
+    assert weight.hessian is not None
+    rows, inverse = weight.rows(weight.hessian), weight.inverse(_DAMPING)
     groups, outputs, inputs = rows.shape
     if groups * outputs * inputs**3 > _MOST_WORK:
         raise RecipeError(

@@ -15,6 +15,7 @@ _DAMPING = 0.01
 
 def scores(weight: Weight) -> Tensor:
     """Half of w**2 / [H^-1]_ii, times the layer's importance."""
+    assert weight.hessian is not None
     curvature = weight.inverse(_DAMPING).diagonal(dim1=1, dim2=2)
-    error = weight.rows().square() / curvature[:, None] / 2
+    error = weight.rows(weight.hessian).square() / curvature[:, None] / 2
     return error.flatten(0, 1) * weight.importance()

@@ -5,12 +5,11 @@ from torch import Tensor
 
 from fewbit.pruning.saliency import Weight
 
-NEEDS = {"hessian"}
+NEEDS = {"inputs"}
 PER_OUTPUT = True
 
 
 def scores(weight: Weight) -> Tensor:
     """Absolute weight times the root mean square of its input."""
-    assert weight.hessian is not None
-    size = weight.hessian.diagonal(dim1=1, dim2=2).double().sqrt()
-    return weight.rows().abs() * size[:, None]
+    assert weight.inputs is not None
+    return weight.rows(weight.inputs).abs() * weight.inputs.double().sqrt()[:, None]
