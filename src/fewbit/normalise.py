@@ -13,7 +13,7 @@ from fewbit.errors import CalibrationError, DataError, ModelError
 from fewbit.model.graph import refresh
 from fewbit.model.readers import as_module
 from fewbit.model.readers.torch import read
-from fewbit.model.zeros import SPARSE, sparse_names, sparse_parameters
+from fewbit.model.zeros import SPARSE, sparse_parameters
 from fewbit.passes import run
 from fewbit.plan import Recipe
 
@@ -79,7 +79,7 @@ def retrained(
                 f"{name}: training moved zeros away: in a loop of your own, train inside of fewbit.hold_zeros(model)"
             )
     if zeros:
-        again.meta[SPARSE] = tuple(sparse_names(gm))
+        again.meta[SPARSE] = tuple(zeros)
     return again
 
 

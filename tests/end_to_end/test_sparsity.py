@@ -373,6 +373,11 @@ def test_what_training_may_give_back(trained: nn.Module) -> None:
         with torch.no_grad():
             model.get_parameter("head.bias").add_(1.0)
 
+    def forgetful(model: nn.Module) -> nn.Module:
+        assert isinstance(model.meta, dict) and model.meta.pop("sparse")
+        return model
+
+    assert len(fewbit.prune(trained, images[:1], sparsity=0.5, train=forgetful).meta["sparse"]) == 4
     small = fewbit.prune(trained, images[:1], sparsity=0.5, train=in_place)
     assert torch.equal(small.get_parameter("head.bias"), trained.get_parameter("head.bias") + 1)
     with pytest.raises(ModelError, match=r"train= gave a model without .*\.module"):
