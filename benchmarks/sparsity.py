@@ -23,9 +23,9 @@ SEEN = 1024  # training images, for criteria and for the fit
 CASES = {"50 %": {"sparsity": 0.5}, "70 %": {"sparsity": 0.7}, "2:4": {"structure": "2:4"}}
 MOST_LOST = {"50 %": 0.5, "70 %": 3.0, "2:4": 0.8, "90 % trained": 1.0}  # points
 BEST = "magnitude"
-EPOCHS, STEPS = 5, 4
+EPOCHS, STEPS = 5, 2
 COMMON = {
-    "optimizer": "sgd", "lr": 0.02, "weight_decay": 1e-4, "batch_size": 128, "augment": "images",
+    "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4, "batch_size": 128, "augment": "images",
     "precision": "bfloat16",
 }  # fmt: skip
 
@@ -57,16 +57,18 @@ def trained(train: tuple[Tensor, Tensor], seed: int) -> nn.Module:
     def learn(model: nn.Module) -> nn.Module:
         nonlocal done
         done += 1
-        epochs = 1 if done < STEPS else EPOCHS - STEPS + 1
+        last = done == STEPS
         return fewbit.finetune(
-            model, train, epochs=epochs, teacher=teacher, folder=folder / f"step{done}", resume=True, seed=seed,
-            **COMMON,
+            model, train, epochs=EPOCHS - STEPS + 1 if last else 1, schedule="cosine" if last else "constant",
+            teacher=teacher, folder=folder / f"step{done}", resume=True, seed=seed, **COMMON,
         )  # fmt: skip
 
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "model").exists():
         return fewbit.load(folder / "model")
-    small = fewbit.prune(teacher, data=data, sparsity=0.9, steps=STEPS, train=learn, seed=seed)
+    small = fewbit.prune(
+        teacher, data=data, sparsity=0.9, criterion="lamp", steps=STEPS, train=learn, seed=seed
+    )
     fewbit.save(small, folder / "model")
     kept.write_text(json.dumps({"sparsity": small.meta["sparsity"].share}))
     return small
